@@ -1,0 +1,22 @@
+"""Ensembles: who votes."""
+
+from byline.ensembles.base import Change, Ensemble, Member, Weights, as_ensemble
+from byline.ensembles.dropout import Dropout
+from byline.ensembles.independent import Independent
+from byline.ensembles.lora import LoRA, train_lora
+from byline.ensembles.noise import WeightNoise
+from byline.ensembles.trajectory import Trajectory
+
+__all__ = [
+    "Change",
+    "Dropout",
+    "Ensemble",
+    "Independent",
+    "LoRA",
+    "Member",
+    "Trajectory",
+    "WeightNoise",
+    "Weights",
+    "as_ensemble",
+    "train_lora",
+]

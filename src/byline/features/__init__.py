@@ -1,0 +1,9 @@
+"""Features: per-example gradients as rows."""
+
+from byline.features.base import Features
+from byline.features.dense import Dense
+from byline.features.exact import Exact
+from byline.features.factorized import Factorized
+from byline.features.nystrom import Nystrom
+
+__all__ = ["Dense", "Exact", "Factorized", "Features", "Nystrom"]

@@ -1,0 +1,6 @@
+"""The offline report: one HTML file that shows efficacy beside cost, with everything it needs inside."""
+
+from byline.report.page import build, render
+from byline.report.words import as_good_as, percent, verdict
+
+__all__ = ["as_good_as", "build", "percent", "render", "verdict"]

@@ -1,0 +1,6 @@
+"""Training: recipes, and a trainer that trains many small models at once."""
+
+from byline.training.batched import Run, Trainer, train_many, train_one
+from byline.training.recipe import Recipe
+
+__all__ = ["Recipe", "Run", "Trainer", "train_many", "train_one"]

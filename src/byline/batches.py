@@ -1,0 +1,167 @@
+"""Batches of any shape: tuples, lists, dicts and Hugging Face ``BatchEncoding``.
+
+Every function here treats a tensor whose first dimension is the batch size as one row per example, and leaves
+everything else alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler, TensorDataset, default_collate
+
+Batch = Any
+
+
+def map_tensors(batch: Batch, f: Callable[[Tensor], Tensor]) -> Batch:
+    """Apply ``f`` to every tensor in a batch and keep the batch's structure."""
+    if isinstance(batch, Tensor):
+        return f(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(value, f) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(item, f) for item in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(map_tensors(item, f) for item in batch)
+    return batch
+
+
+def tensors(batch: Batch) -> Iterator[Tensor]:
+    """Every tensor in a batch, in a fixed order."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for key in sorted(batch, key=str):
+            yield from tensors(batch[key])
+    elif isinstance(batch, tuple | list):
+        for item in batch:
+            yield from tensors(item)
+
+
+def size(batch: Batch) -> int:
+    """Number of examples in a batch: the length of the first tensor that has one."""
+    for tensor in tensors(batch):
+        if tensor.ndim:
+            return tensor.shape[0]
+    raise ValueError("a batch holds no tensor with a batch dimension, so its size cannot be told")
+
+
+def to(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    return map_tensors(batch, lambda t: t.to(device, non_blocking=True))
+
+
+def take(batch: Batch, start: int, stop: int) -> Batch:
+    """Examples ``start`` to ``stop`` of a batch."""
+    n = size(batch)
+    return map_tensors(batch, lambda t: t[start:stop] if t.ndim and t.shape[0] == n else t)
+
+
+def tile(batch: Batch, copies: int) -> Batch:
+    """The batch repeated ``copies`` times along its examples: rows (copy, example) in row-major order."""
+    n = size(batch)
+    return map_tensors(
+        batch, lambda t: t.repeat(copies, *[1] * (t.ndim - 1)) if t.ndim and t.shape[0] == n else t
+    )
+
+
+def as_dataset(data: Any, name: str) -> Dataset[Any]:
+    """Accept any map-style dataset with a length; refuse, in one sentence, what has no fixed order.
+
+    Raises:
+        TypeError: without ``__getitem__`` and ``__len__``, or a ``DataLoader`` that shuffles.
+        ValueError: an empty dataset, or one that gives another item on a second read.
+    """
+    if isinstance(data, DataLoader):
+        sampler: Sampler[Any] | None = getattr(data, "sampler", None)
+        if not isinstance(sampler, SequentialSampler):
+            raise TypeError(
+                f"{name} is a DataLoader that shuffles or samples ({type(sampler).__name__}); "
+                "expected a map-style dataset, whose order is fixed"
+            )
+        data = data.dataset
+    if not hasattr(data, "__getitem__") or not isinstance(data, Sized):
+        raise TypeError(
+            f"{name} is a {type(data).__name__} without __len__ and __getitem__; "
+            "expected a map-style torch Dataset, whose length and order are fixed"
+        )
+    try:
+        length = len(data)
+    except TypeError as error:
+        raise TypeError(f"{name} ({type(data).__name__}) has no length: {error}") from error
+    if length == 0:
+        raise ValueError(f"{name} is empty; expected at least one example")
+    if not isinstance(data, TensorDataset):
+        for index in sorted({0, length // 2, length - 1}):
+            if _digest(data[index]) != _digest(data[index]):
+                raise ValueError(
+                    f"{name}[{index}] is not the same on a second read; expected a dataset that neither shuffles "
+                    "nor augments at random"
+                )
+    return data  # type: ignore[return-value]
+
+
+def gather(
+    dataset: Any, indices: list[int], collate: Callable[[list[Any]], Batch] = default_collate
+) -> Batch:
+    """The examples at these indices, collated."""
+    if isinstance(dataset, TensorDataset):
+        return tuple(t[indices] for t in dataset.tensors)
+    items = dataset.__getitems__(indices) if hasattr(dataset, "__getitems__") else [dataset[i] for i in indices]
+    if isinstance(items[0], Mapping) and type(items[0]) is not dict:
+        items = [dict(item) for item in items]
+    return collate(items)
+
+
+def fetch(dataset: Any, start: int, stop: int) -> Batch:
+    """Examples ``start`` to ``stop``, collated; without copying where the dataset holds tensors."""
+    if isinstance(dataset, TensorDataset):
+        return tuple(t[start:stop] for t in dataset.tensors)
+    return gather(dataset, list(range(start, stop)))
+
+
+def spans(length: int, batch_size: int) -> list[tuple[int, int]]:
+    """The (start, stop) of each batch."""
+    return [(start, min(start + batch_size, length)) for start in range(0, length, batch_size)]
+
+
+def fingerprint(dataset: Any) -> str:
+    """SHA-256 over the content of every example, independent of the batch size."""
+    digest = hashlib.sha256(str(len(dataset)).encode())
+    if isinstance(dataset, TensorDataset):
+        for tensor in dataset.tensors:
+            _update(digest, tensor)
+    else:
+        for index in range(len(dataset)):
+            _update(digest, dataset[index])
+    return digest.hexdigest()
+
+
+def _digest(item: Any) -> str:
+    digest = hashlib.sha256()
+    _update(digest, item)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, item: Any) -> None:
+    if isinstance(item, Tensor):
+        data = item.detach().cpu().contiguous()
+        digest.update(f"{data.dtype}{tuple(data.shape)}".encode())
+        digest.update(data.view(torch.uint8).numpy() if data.ndim else data.reshape(1).view(torch.uint8).numpy())
+    elif isinstance(item, Mapping):
+        for key in sorted(item, key=str):
+            digest.update(str(key).encode())
+            _update(digest, item[key])
+    elif isinstance(item, tuple | list):
+        digest.update(f"({len(item)}".encode())
+        for part in item:
+            _update(digest, part)
+    elif hasattr(item, "tobytes"):
+        digest.update(f"{getattr(item, 'dtype', '')}{getattr(item, 'shape', '')}".encode())
+        digest.update(item.tobytes())
+    else:
+        digest.update(repr(item).encode())

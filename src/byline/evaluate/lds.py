@@ -1,0 +1,208 @@
+"""The linear datamodeling score (LDS): do scores foretell what retraining on a subset would say?
+
+For a test example z and random subsets A_1 … A_S of the training set, each with models retrained on it,
+
+    LDS(z) = spearman( [Σ_{i ∈ A_s} score(z, i)]_s , [mean over seeds of f(z; θ(A_s, seed))]_s ),
+
+and the LDS of a method is its mean over test examples (Park et al. 2023, "TRAK: Attributing Model Behavior at
+Scale", section 2; the linear datamodels it rests on are those of Ilyas et al. 2022, "Datamodels: Predicting
+Predictions from Training Data").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import combinations
+from math import comb
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from byline.evaluate.bank import Bank
+
+_SPLITS = 20  # ways of halving the seeds that are averaged, where there are more
+_CELLS = 500_000  # float32 cells of the bootstrap's largest array: 2 MB stay in the cache
+
+
+@dataclass(frozen=True, eq=False)
+class LDS:
+    """How well scores foretell retraining.
+
+    Attributes:
+        mean: Mean over the test examples that count.
+        interval: Bootstrap confidence interval of the mean, (low, high), over subsets and test examples
+            together; NaN if no bootstrap was asked for.
+        per_example: (n_test,) float64; NaN where the bank's outputs or the summed scores are constant.
+        ceiling: What a perfect prediction of the expected output would reach against this bank: the root of
+            the reliability of the mean over seeds, see `noise_ceiling`. NaN with one seed.
+        split_half: Mean rank correlation between halves of the seeds, as it is. NaN with one seed.
+        left_out: Number of test examples without a value.
+        subsets: Number of subsets.
+        confidence: That of the interval.
+    """
+
+    mean: float
+    interval: tuple[float, float]
+    per_example: np.ndarray = field(repr=False)
+    ceiling: float
+    split_half: float
+    left_out: int
+    subsets: int
+    confidence: float
+
+    def __float__(self) -> float:
+        return self.mean
+
+    def __repr__(self) -> str:
+        low, high = self.interval
+        parts = [f"LDS {self.mean:.3f}"]
+        if np.isfinite(low):
+            parts.append(f"{self.confidence * 100:g} % interval {low:.3f} to {high:.3f}")
+        parts.append(f"{len(self.per_example) - self.left_out} test examples × {self.subsets} subsets")
+        if np.isfinite(self.ceiling):
+            parts.append(f"noise ceiling {self.ceiling:.3f} (halves agree {self.split_half:.3f})")
+        if self.left_out:
+            parts.append(f"{self.left_out} constant test examples left out")
+        return ", ".join(parts)
+
+
+def lds(scores: Any, bank: Bank, *, bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0) -> LDS:
+    """The linear datamodeling score of scores against a bank.
+
+    Args:
+        scores: `byline.Scores`, or an array or tensor, (n_test, n_train); positive means proponent.
+        bank: The ground truth, of the same training and test examples in the same order.
+        bootstrap: Resamples for the interval; 0 for none. Time and memory grow with the square of the
+            subsets.
+        confidence: Of the interval, between 0 and 1.
+        seed: Of the resamples.
+
+    Returns:
+        The score with its interval and noise ceiling.
+
+    Raises:
+        ValueError: If shapes do not match, a score is not finite, or the bank has fewer than 3 subsets.
+    """
+    values = _values(scores)
+    if values.shape != (bank.n_test, bank.n_train):
+        raise ValueError(
+            f"scores: got shape {values.shape}; the bank expects (n_test, n_train) = "
+            f"({bank.n_test}, {bank.n_train})"
+        )
+    if not np.isfinite(values).all():
+        z, i = np.argwhere(~np.isfinite(values))[0]
+        raise ValueError(
+            f"scores: test example {z}, training example {i} is {values[z, i]}; expected finite numbers"
+        )
+    if len(bank.subsets) < 3:
+        raise ValueError(f"bank: has {len(bank.subsets)} subsets; a rank correlation needs at least 3")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence!r}: expected a number between 0 and 1")
+    if bootstrap < 0:
+        raise ValueError(f"bootstrap={bootstrap!r}: expected a whole number of at least 0")
+
+    predicted = values.astype(np.float64) @ bank.subsets.T.astype(np.float64)
+    actual = bank.outputs.astype(np.float64).mean(1).T
+    each = spearman(predicted, actual)
+    valid = np.isfinite(each)
+    interval = (float("nan"), float("nan"))
+    if bootstrap and valid.any():
+        means = _resample(predicted[valid], actual[valid], bootstrap, np.random.default_rng(seed))
+        low, high = np.nanquantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+        interval = (float(low), float(high))
+    split_half, ceiling = noise_ceiling(bank)
+    return LDS(
+        mean=float(each[valid].mean()) if valid.any() else float("nan"),
+        interval=interval,
+        per_example=each,
+        ceiling=ceiling,
+        split_half=split_half,
+        left_out=int((~valid).sum()),
+        subsets=len(bank.subsets),
+        confidence=confidence,
+    )
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Rank correlation of each row of `a` with the same row of `b`, (rows,); NaN where either row is constant."""
+    a, b = (rankdata(x, axis=1) - (x.shape[1] + 1) / 2 for x in (a, b))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
+
+
+def noise_ceiling(bank: Bank) -> tuple[float, float]:
+    """How far the bank's own noise lets any prediction come: (split-half correlation, ceiling); NaN with one seed.
+
+    The correlation over subsets between the mean outputs of two disjoint halves of the seeds, taken for each
+    test example and averaged over them (and over the ways to halve the seeds, 20 at most), is stepped up to
+    the mean of all seeds by the Spearman-Brown formula. The root of that reliability is the correlation a
+    perfect predictor would have (Spearman 1904). The root is taken of the mean: each example's own estimate
+    is so noisy that the mean of their roots would be far above zero for a bank of pure noise. Where
+    reliabilities differ this errs upwards, as a ceiling should. A negative mean counts as none.
+    """
+    seeds = bank.seeds
+    if seeds < 2:
+        return float("nan"), float("nan")
+    half, outputs = seeds // 2, bank.outputs.astype(np.float64)
+    correlations = [
+        spearman(outputs[:, list(left)].mean(1).T, outputs[:, list(right)].mean(1).T)
+        for left, right in _halves(seeds, half)
+    ]
+    halves = np.mean(correlations, axis=0)
+    halves = halves[np.isfinite(halves)]
+    if not len(halves):
+        return float("nan"), float("nan")
+    mean, factor = float(halves.mean()), seeds / half
+    clipped = max(mean, 0.0)
+    return mean, float(np.sqrt(factor * clipped / (1 + (factor - 1) * clipped)))
+
+
+def _halves(seeds: int, half: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Pairs of disjoint sets of `half` seeds: all halvings if they are few, else a fixed random sample."""
+    if comb(seeds, half) <= 2 * _SPLITS:
+        pairs = []
+        for left in combinations(range(seeds), half):
+            rest = [r for r in range(seeds) if r not in left]
+            pairs += [(left, right) for right in combinations(rest, half) if left < right]
+        return pairs
+    rng = np.random.default_rng(0)
+    orders = [rng.permutation(seeds).tolist() for _ in range(_SPLITS)]
+    return [(tuple(order[:half]), tuple(order[half : 2 * half])) for order in orders]
+
+
+def _resample(predicted: np.ndarray, actual: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """The mean rank correlation of each bootstrap resample of subsets and rows, (draws,).
+
+    Drawing subset j w_j times gives subset i the centred rank Σ_j w_j sign(x_i - x_j) / 2, ties averaged, so
+    the ranks of all resamples are one matrix product, and nothing is sorted again. Their weighted mean is
+    zero by antisymmetry.
+    """
+    rows, subsets = actual.shape
+    subset_counts = rng.multinomial(subsets, np.full(subsets, 1 / subsets), draws).astype(np.float32)
+    row_counts = rng.multinomial(rows, np.full(rows, 1 / rows), draws)
+    correlations = np.empty((rows, draws), dtype=np.float32)
+    step = max(1, _CELLS // (subsets * max(draws, subsets)))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        a, b = (
+            np.sign(x[part, :, None] - x[part, None, :]).astype(np.float32) @ subset_counts.T
+            for x in (predicted, actual)
+        )  # (rows, subsets, draws)
+        weights = subset_counts.T
+        weighted = a * weights
+        cross, own_a = (weighted * b).sum(1), (weighted * a).sum(1)
+        own_b = (np.multiply(b, b, out=b) * weights).sum(1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            correlations[part] = cross / np.sqrt(own_a * own_b)
+    finite = np.isfinite(correlations)  # a resample of very few subsets may be constant
+    counts = row_counts.T * finite
+    with np.errstate(invalid="ignore"):
+        return (np.where(finite, correlations, 0) * counts).sum(0) / counts.sum(0)
+
+
+def _values(scores: Any) -> np.ndarray:
+    values = getattr(scores, "values", scores)
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+    return np.asarray(values)

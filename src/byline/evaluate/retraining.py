@@ -1,0 +1,251 @@
+"""Retraining on random subsets: the one way to know what training on an example really did."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from byline import batches
+from byline.batches import Batch
+from byline.evaluate.bank import Bank, read, write
+from byline.ledger import Cost, Ledger
+from byline.training import Run, Trainer
+from byline.training.data import derive, fetch
+
+TrainFn = Callable[[Any, int], "nn.Module | Mapping[str, Tensor] | Run"]
+
+_PART = 25  # models in a part when the training function does not say how many it trains at once
+
+
+class HasOutput(Protocol):
+    """What is needed of a `byline.Task`."""
+
+    model: nn.Module
+
+    def output(self, model: nn.Module, batch: Batch) -> Tensor: ...
+
+
+def retrain(
+    train_fn: TrainFn,
+    train_set: Any,
+    *,
+    test_set: Any,
+    task: HasOutput,
+    subsets: int = 50,
+    fraction: float = 0.5,
+    seeds: int = 2,
+    seed: int = 0,
+    path: str | Path | None = None,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> Bank:
+    """Trains models on random subsets and records what they say of each test example.
+
+    The subsets are drawn from `seed` alone, all of size ``round(fraction * n_train)``. Every model has a seed
+    of its own, so two subsets share no initial weights; that noise is what the noise ceiling of `byline.lds`
+    measures.
+
+    Args:
+        train_fn: ``train_fn(subset_dataset, seed)``, giving a module, or a state_dict for ``task.model``. If
+            it has ``many(train_set, list of index arrays, list of seeds)``, as `byline.training.Trainer`
+            does, that is called with a part of the models at a time and gives a list.
+        train_set: Map-style dataset the subsets are drawn from.
+        test_set: Map-style dataset whose outputs are recorded.
+        task: The task; its output is what is recorded, in eval mode.
+        subsets: Number of subsets, S.
+        fraction: Size of a subset as a share of the training set, between 0 and 1.
+        seeds: Models a subset, R.
+        seed: What subsets and models are drawn from.
+        path: File of the finished bank (``….safetensors``). While it is made, finished parts lie beside it in
+            the folder ``<path>.parts``; a second call trains only what is missing, and gives the same outputs
+            bit for bit.
+        batch_size: Test examples at a time.
+        progress: Whether to show a bar.
+
+    Returns:
+        The bank.
+
+    Raises:
+        ValueError: If an argument is out of range, an output is not finite, or `path` holds a bank (or parts
+            of one) made otherwise; the message names the first difference.
+    """
+    train_set = batches.as_dataset(train_set, "train_set")
+    n_train = len(train_set)
+    for name, value in (("subsets", subsets), ("seeds", seeds)):
+        if value < 1:
+            raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+    size = round(fraction * n_train)
+    if not 0 < size < n_train:
+        raise ValueError(
+            f"fraction={fraction!r}: gives subsets of {size} of {n_train} examples; expected some, not all"
+        )
+    test = fetch(test_set, "test_set", getattr(train_fn, "collate", None))
+    made = {
+        "subsets": subsets,
+        "fraction": fraction,
+        "seeds": seeds,
+        "seed": seed,
+        "n_train": n_train,
+        "n_test": len(test_set),
+        "train_fn": _describe(train_fn),
+        "task": _task(task),
+        "train_set": batches.fingerprint(train_set),
+        "test_set": batches.fingerprint(test_set),
+    }
+    if path is not None and Path(path).exists():
+        bank = Bank.load(path)
+        _same(made, bank.metadata, path)
+        return bank
+
+    masks = draw_subsets(n_train, subsets, size, seed)
+    models = [(s, r) for s in range(subsets) for r in range(seeds)]
+    step = getattr(train_fn, "group", _PART)
+    parts = [models[start : start + step] for start in range(0, len(models), step)]
+    folder = None if path is None else Path(f"{path}.parts")
+    done: list[tuple[np.ndarray, Cost]] = []
+    with _bar(progress, len(models)) as advance:
+        for number, part in enumerate(parts):
+            file = folder and folder / f"{number:05d}.safetensors"
+            if file and file.exists():
+                arrays, metadata = read(file)
+                _same(made, metadata, folder)
+                done.append((arrays["outputs"], Cost(**metadata["cost"])))
+                advance(len(part))
+                continue
+            members = [(np.flatnonzero(masks[s]), derive(seed, s, r)) for s, r in part]
+            outputs, cost = _train_part(train_fn, train_set, task, test, members, batch_size, advance)
+            for (s, r), row in zip(part, outputs, strict=True):
+                if not np.isfinite(row).all():
+                    bad = int(np.flatnonzero(~np.isfinite(row))[0])
+                    raise ValueError(
+                        f"the model of subset {s}, seed {r} gives {row[bad]} for test example {bad}"
+                    )
+            if file:
+                write(file, {"outputs": outputs}, {**made, "cost": asdict(cost)})
+            done.append((outputs, cost))
+    total = sum((cost for _, cost in done), Cost())
+    outputs = np.concatenate([outputs for outputs, _ in done]).reshape(subsets, seeds, -1)
+    bank = Bank(masks, outputs, {**made, "cost": asdict(total)})
+    if path is not None and folder is not None:
+        bank.save(path)
+        shutil.rmtree(folder)
+    return bank
+
+
+def draw_subsets(n_train: int, subsets: int, size: int, seed: int) -> np.ndarray:
+    """Random subsets, (subsets, n_train) bool with `size` True in each row; row s depends on (seed, s) alone."""
+    masks = np.zeros((subsets, n_train), dtype=bool)
+    for s in range(subsets):
+        masks[s, np.random.default_rng([seed, s]).choice(n_train, size, replace=False)] = True
+    return masks
+
+
+def _train_part(
+    train_fn: Any,
+    train_set: Any,
+    task: HasOutput,
+    test: Batch,
+    members: list[tuple[np.ndarray, int]],
+    batch_size: int,
+    advance: Callable[[float], None],
+) -> tuple[np.ndarray, Cost]:
+    """Trains these models: their outputs, (members, n_test), and what the training cost."""
+    ledger = Ledger()
+    with ledger.phase("training"):
+        if hasattr(train_fn, "many"):
+            options = {"progress": advance} if isinstance(train_fn, Trainer) else {}
+            results = train_fn.many(
+                train_set, [index for index, _ in members], [seed for _, seed in members], **options
+            )
+            if not options:
+                advance(len(members))
+        else:
+            results = []
+            for index, seed in members:
+                results.append(train_fn(Subset(train_set, index.tolist()), seed))
+                advance(1)
+    if len(results) != len(members):
+        raise ValueError(
+            f"train_fn.many: got {len(results)} models for {len(members)} seeds; expected one for each"
+        )
+    cost = ledger.training
+    cost.flops = sum(result.flops for result in results if isinstance(result, Run))
+    outputs = np.stack([_outputs(task, result, test, batch_size) for result in results])
+    return outputs, cost
+
+
+def _outputs(task: HasOutput, trained: Any, test: Batch, batch_size: int) -> np.ndarray:
+    """A trained model's outputs, (n_test,) float32."""
+    if isinstance(trained, Run):
+        trained = trained.state_dict
+    if isinstance(trained, Mapping):
+        model = deepcopy(task.model)
+        model.load_state_dict(dict(trained))
+    elif isinstance(trained, nn.Module):
+        model = trained
+    else:
+        raise ValueError(f"train_fn: got {type(trained).__name__}; expected a module or a state_dict")
+    model.eval()
+    with torch.no_grad():
+        spans = batches.spans(batches.size(test), batch_size)
+        parts = [task.output(model, batches.take(test, *span)).cpu().float() for span in spans]
+    return torch.cat(parts).numpy()
+
+
+def _same(made: dict[str, Any], found: dict[str, Any], path: str | Path | None) -> None:
+    """Refuses what was made otherwise, naming the first difference."""
+    for name, value in made.items():
+        if found.get(name) != value:
+            ours, theirs = _difference(value, found.get(name))
+            raise ValueError(
+                f"{path} was made with {name} {theirs}, not {ours}: choose another path or remove it"
+            )
+
+
+def _difference(ours: Any, theirs: Any) -> tuple[Any, Any]:
+    """The first values inside two descriptions that differ."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in (*ours, *theirs):
+            if ours.get(key) != theirs.get(key):
+                inner = _difference(ours.get(key), theirs.get(key))
+                return f"{key} {inner[0]}", f"{key} {inner[1]}"
+    return ours, theirs
+
+
+def _describe(train_fn: Any) -> Any:
+    """What can be known of a training function: its own description, else its name."""
+    if hasattr(train_fn, "describe"):
+        return train_fn.describe()
+    named = train_fn if hasattr(train_fn, "__qualname__") else type(train_fn)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _task(task: Any) -> Any:
+    return task.fingerprint() if hasattr(task, "fingerprint") else type(task).__qualname__
+
+
+@contextmanager
+def _bar(progress: bool, total: int) -> Iterator[Callable[[float], None]]:
+    columns = (
+        TextColumn("retraining {task.total:.0f} models"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, transient=True) if progress else nullcontext() as bar:
+        if bar is None:
+            yield lambda models: None
+        else:
+            task = bar.add_task("retraining", total=total)
+            yield lambda models: bar.advance(task, models)

@@ -1,0 +1,91 @@
+"""Features: one row per example and member, made from its gradient blocks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from byline.features.blocks import Block
+
+Rows = dict[str, Tensor]
+"""The features of a batch: named tensors, each with the batch first."""
+State = dict[str, Tensor]
+"""What features learnt from the training set, per member."""
+Passes = Callable[[list[int] | None], Iterator[dict[str, Block]]]
+"""Gradient blocks of the training examples at these indices (None: of a pass over all of them), batch by batch."""
+
+
+class Features(ABC):
+    """How gradients become rows whose inner products are the kernel of the methods."""
+
+    linear = True
+    """Whether rows are vectors in ``rows["rows"]`` (B, k), with ``rows @ rows.T`` the kernel."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """JSON that identifies the features in a store."""
+
+    def learn(self, passes: Passes, length: int) -> State:
+        """Learn what depends on the member and the training set; nothing by default."""
+        return {}
+
+    @abstractmethod
+    def rows(self, blocks: dict[str, Block], state: State) -> Rows:
+        """The features of a batch."""
+
+    def kernel(self, a: Rows, b: Rows, products: Products | None = None) -> Tensor:
+        """(A, B) inner products of the gradients behind two batches of rows."""
+        return a["rows"] @ b["rows"].T
+
+    def diagonal(self, a: Rows, b: Rows) -> Tensor:
+        """(B,) inner products of pairs of rows."""
+        return (a["rows"] * b["rows"]).sum(1)
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{k}={v!r}" for k, v in self.describe().items() if k != "kind")
+        return f"{type(self).__name__}({arguments})"
+
+
+class Products:
+    """Inner products of factors, kept where several members share the factors (raw inputs, units before a mask).
+
+    Args:
+        limit: bytes that may be kept.
+    """
+
+    def __init__(self, limit: int = 2**30):
+        self.limit = limit
+        self.used = 0
+        self._kept: dict[tuple[str, str], Tensor] = {}
+
+    def __call__(self, a: Tensor, b: Tensor, keys: tuple[str, str] | None) -> Tensor:
+        """``a @ b.T``, from the cache where ``keys`` names the content of both."""
+        if keys is None:
+            return a @ b.T
+        found = self._kept.get(keys)
+        if found is None:
+            found = a @ b.T
+            size = found.numel() * found.element_size()
+            if self.used + size <= self.limit:
+                self._kept[keys] = found
+                self.used += size
+        return found
+
+
+def seeded(seed: int, *path: int | str) -> torch.Generator:
+    """A generator whose stream depends on the seed and on what it is for."""
+    import hashlib
+
+    text = "/".join(map(str, (seed, *path)))
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little"))
+
+
+def check_dim(dim: Any, name: str = "dim") -> int:
+    """A number of columns is an int of at least 1."""
+    if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
+        raise ValueError(f"{name} is {dim!r}; expected an int of at least 1")
+    return dim

@@ -1,0 +1,258 @@
+"""Per-example gradients from one batched forward and backward pass.
+
+Hooks keep each ruled layer's input and the gradient of its output; the backward pass stops there, so that no weight
+gradient is ever summed over the batch. Which parameters the rules really cover is measured, not assumed: on a few
+examples their gradients are held against autograd's, and what does not agree (a weight used functionally, a layer
+whose batch is not its first dimension, a layer without a rule) goes to per-example autograd.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.func import functional_call, grad, vmap
+
+from byline import batches
+from byline.batches import Batch
+from byline.features.blocks import Block, Flat, merge
+from byline.features.layers import rule_for
+from byline.task import Task
+
+log = logging.getLogger("byline")
+
+
+class _Differentiated(nn.Module):
+    """The task's value as a module's forward, so that functional_call can exchange parameters anywhere inside."""
+
+    def __init__(self, task: Task, model: nn.Module, of: str):
+        super().__init__()
+        self.model = model
+        self._task = [task]
+        self.of = of
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._task[0].differentiate(self.model, batch, self.of)[0]
+
+
+class Capture:
+    """The gradients of a model's attributed parameters.
+
+    Args:
+        task: what is differentiated.
+        model: the member's model, in eval mode.
+        params: the attributed parameters by name.
+        fallback: names known to need per-example autograd (`calibrate` finds them).
+    """
+
+    def __init__(self, task: Task, model: nn.Module, params: dict[str, nn.Parameter], fallback: set[str] | None = None):
+        self.task, self.model, self.params = task, model, params
+        self.vectorised = True
+        names = {id(parameter): name for name, parameter in params.items()}
+        slots: list[tuple[nn.Module, str, str]] = [
+            (module, attribute, names[id(parameter)])
+            for module in model.modules()
+            for attribute, parameter in module._parameters.items()
+            if parameter is not None and id(parameter) in names
+        ]
+        self._uses: dict[str, int] = {}
+        for _, _, name in slots:
+            self._uses[name] = self._uses.get(name, 0) + 1
+        ruled = {name for name in params if all(rule_for(m) for m, _, n in slots if n == name) and name in self._uses}
+        self.fallback = (set(params) - ruled) | (fallback or set())
+        self._slots: dict[nn.Module, dict[str, str]] = {}
+        for module, attribute, name in slots:
+            if name not in self.fallback:
+                self._slots.setdefault(module, {})[attribute] = name
+
+    def __call__(self, batch: Batch, of: str) -> tuple[Tensor, Tensor, dict[str, Block]]:
+        """Differentiate ``of`` ("output" or "loss") for every example.
+
+        Returns:
+            the value (B,), the residual (B,), and a block per parameter in the order of the parameters.
+        """
+        value, residual, blocks = self._ruled(batch, of)
+        for name, rows in self._autograd(batch, of).items():
+            blocks[name] = Flat((name,), rows)
+        return value, residual, self._complete(blocks, value)
+
+    def _ruled(self, batch: Batch, of: str) -> tuple[Tensor, Tensor, dict[str, Block]]:
+        """Value, residual, and a block for each parameter that the rules reached."""
+        calls: list[tuple[nn.Module, Tensor, Any]] = []
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            if isinstance(out, Tensor) and out.requires_grad:
+                x = args[0] if args else kwargs.get("input", kwargs.get("x"))
+                # the edge stays that of this output even if an in-place operation changes the tensor later
+                calls.append((module, x.detach(), get_gradient_edge(out)))
+
+        handles = [module.register_forward_hook(keep, with_kwargs=True) for module in self._slots]
+        try:
+            with torch.enable_grad():
+                value, residual = self.task.differentiate(self.model, batch, of)
+        finally:
+            for handle in handles:
+                handle.remove()
+        found: dict[tuple[str, ...], list[Block]] = {}
+        if calls:
+            edges = [edge for _, _, edge in calls]
+            grads = torch.autograd.grad(value.sum(), edges, allow_unused=True)
+            for (module, x, _), g in zip(calls, grads, strict=True):
+                if g is not None:
+                    self._collect(found, module, x, g)
+        return value.detach(), residual, {block.params[0]: block for block in map(merge, found.values())}
+
+    def _collect(self, found: dict[tuple[str, ...], list[Block]], module: nn.Module, x: Tensor, g: Tensor) -> None:
+        rule = rule_for(module)
+        assert rule is not None
+        names = self._slots[module]
+        join = all(self._uses[name] == 1 for name in names.values())
+        with torch.no_grad():
+            for attributes, block in rule(module, x, g, set(names), join).items():
+                block.params = tuple(names[a] for a in attributes)
+                found.setdefault(block.params, []).append(block)
+
+    def _complete(self, blocks: dict[str, Block], value: Tensor) -> dict[str, Block]:
+        """Fixed order, and zero rows for a parameter that this batch did not reach."""
+        seen = {name for block in blocks.values() for name in block.params}
+        out: dict[str, Block] = {}
+        for name, parameter in self.params.items():
+            if name in blocks:
+                out[name] = blocks[name]
+            elif name not in seen:
+                out[name] = Flat((name,), parameter.new_zeros(len(value), parameter.numel()))
+        return out
+
+    def _autograd(self, batch: Batch, of: str) -> dict[str, Tensor]:
+        """(B, numel) rows of the fallback parameters by per-example autograd."""
+        if not self.fallback:
+            return {}
+        names = [name for name in self.params if name in self.fallback]
+        if self.vectorised:
+            try:
+                return self._vectorised(batch, of, names)
+            except (RuntimeError, NotImplementedError) as error:
+                log.info("per-example autograd runs one example at a time: %s", str(error).splitlines()[0])
+                self.vectorised = False
+        return self._looped(batch, of, names)
+
+    def _vectorised(self, batch: Batch, of: str, names: list[str]) -> dict[str, Tensor]:
+        wrapped = _Differentiated(self.task, self.model, of)
+        n = batches.size(batch)
+        mapped: list[Tensor] = []
+        batches.map_tensors(batch, lambda t: mapped.append(t) or t if t.ndim and t.shape[0] == n else t)  # type: ignore[func-returns-value]
+
+        def value(params: dict[str, Tensor], *rows: Tensor) -> Tensor:
+            remaining = iter(rows)
+            one = batches.map_tensors(
+                batch, lambda t: next(remaining).unsqueeze(0) if t.ndim and t.shape[0] == n else t
+            )
+            return functional_call(wrapped, params, (one,)).sum()
+
+        params = {f"model.{name}": self.params[name].detach() for name in names}
+        size = sum(p.numel() for p in params.values())
+        chunk = max(1, min(n, 2**27 // max(1, size)))
+        rows = vmap(grad(value), in_dims=(None, *[0] * len(mapped)), chunk_size=chunk)(params, *mapped)
+        return {name: rows[f"model.{name}"].flatten(1).detach() for name in names}
+
+    def _looped(self, batch: Batch, of: str, names: list[str]) -> dict[str, Tensor]:
+        rows: dict[str, list[Tensor]] = {name: [] for name in names}
+        parameters = [self.params[name] for name in names]
+        for index in range(batches.size(batch)):
+            with torch.enable_grad():
+                value, _ = self.task.differentiate(self.model, batches.take(batch, index, index + 1), of)
+            grads = torch.autograd.grad(value.sum(), parameters, allow_unused=True)
+            for name, parameter, g in zip(names, parameters, grads, strict=True):
+                rows[name].append(torch.zeros_like(parameter).flatten() if g is None else g.detach().flatten())
+        return {name: torch.stack(value) for name, value in rows.items()}
+
+
+def calibrate(task: Task, model: nn.Module, params: dict[str, nn.Parameter], batch: Batch, of: str) -> Capture:
+    """A capture whose rules agree with autograd on a few examples; the rest falls back.
+
+    Args:
+        task: what is differentiated.
+        model: the member's model.
+        params: the attributed parameters by name.
+        batch: a few examples.
+        of: "output" or "loss".
+
+    Raises:
+        ValueError: the model is not deterministic, or an example's output depends on the others in its batch.
+    """
+    _check_separable(task, model, batch, of)
+    capture = Capture(task, model, params)
+    expected = capture._looped(batch, of, list(params))
+    total = max(float(rows.norm()) for rows in expected.values())
+    tolerance = {torch.float64: 1e-9, torch.float32: 2e-4}.get(next(iter(params.values())).dtype, 5e-2)
+
+    def agrees(name: str, rows: Tensor | None) -> bool:
+        reference = expected[name]
+        if rows is None or rows.shape != reference.shape:
+            return rows is None and not reference.any()
+        error = float((rows - reference).norm())
+        return error <= tolerance * (float(reference.norm()) + 1e-2 * total)
+
+    while True:
+        try:
+            _, _, blocks = capture._ruled(batch, of)
+            rows = {
+                name: part
+                for block in blocks.values()
+                for name, part in zip(block.params, block.split(), strict=True)
+            }
+        except (RuntimeError, ValueError, IndexError) as error:
+            # a rule that cannot even run, on a shape it does not foresee: leave everything to autograd
+            log.info("no fast path for this model: %s", str(error).splitlines()[0])
+            capture = Capture(task, model, params, set(params))
+            break
+        wrong = {n for n in params if n not in capture.fallback and not agrees(n, rows.get(n))}
+        if not wrong:
+            break
+        # without them other weights and biases are stored apart, so measure again
+        capture = Capture(task, model, params, capture.fallback | wrong)
+    if capture.fallback:
+        log.info("per-example autograd for %d of %d parameters", len(capture.fallback), len(params))
+        fast = capture._autograd(batch, of)
+        capture.vectorised = capture.vectorised and all(agrees(name, fast[name]) for name in fast)
+    return capture
+
+
+def _check_separable(task: Task, model: nn.Module, batch: Batch, of: str) -> None:
+    with torch.no_grad():
+        whole = task.differentiate(model, batch, of)[0]
+        again = task.differentiate(model, batch, of)[0]
+        alone = [
+            task.differentiate(model, batches.take(batch, i, i + 1), of)[0] for i in range(len(whole))
+        ]
+    if not torch.equal(whole, again) and whole.isfinite().all():
+        raise ValueError(
+            "the model gives another output on a second call with the same batch; expected a deterministic model "
+            "(is something random left on in eval mode?)"
+        )
+    loose = 1e-3 if whole.dtype in (torch.float32, torch.float64) else 5e-2
+    if whole.isfinite().all() and not torch.allclose(whole, torch.cat(alone), rtol=loose, atol=loose):
+        raise ValueError(
+            "an example's output depends on the other examples in its batch (batch statistics?); attribution needs "
+            "one output per example"
+        )
+
+
+def attributed(task: Task, model: nn.Module, selects: Callable[[str], bool]) -> dict[str, nn.Parameter]:
+    """The parameters that count: trainable, chosen by the task and by the member.
+
+    Raises:
+        ValueError: none is left.
+    """
+    params = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and selects(name)
+    }
+    if not params:
+        raise ValueError("no parameter is attributed: none is trainable and chosen by params=")
+    return params

@@ -1,0 +1,134 @@
+"""EXACT features: no projection. The kernel of two gradients is the sum over layers of products of small kernels.
+
+For a linear layer, ∇W = g ⊗ x, so ``⟨∇W(a), ∇W(b)⟩ = (g_a·g_b)(x_a·x_b)``: the (B, P) gradients are never formed. With
+T positions the sum runs over pairs of positions; where the gradient itself is smaller than its factors (small
+convolutions over many positions), it is kept instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from byline.features.base import Features, Passes, Products, Rows, State
+from byline.features.blocks import Block, Flat, Lookup, Outer
+
+
+class Exact(Features):
+    """Kernels from per-layer factors, without projection.
+
+    ``TRAK`` needs the kernel of all pairs of training examples with it, N × N numbers per member while it works; take
+    `Nystrom` or `Factorized` where that is too many. ``GradDot``, ``GradCos`` and ``TracIn`` do not.
+    """
+
+    linear = False
+
+    def describe(self) -> dict[str, Any]:
+        """The kind."""
+        return {"kind": "exact"}
+
+    def learn(self, passes: Passes, length: int) -> State:
+        """Decide per block, from one example, whether its factors or its gradient are kept."""
+        blocks = next(iter(passes([0])))
+        return {
+            f"flat/{name}": torch.tensor(isinstance(block, Flat) or (isinstance(block, Outer) and block.smaller_flat))
+            for name, block in blocks.items()
+        }
+
+    def rows(self, blocks: dict[str, Block], state: State) -> Rows:
+        """The factors of every block, or its gradient."""
+        out: Rows = {}
+        for name, block in blocks.items():
+            if bool(state[f"flat/{name}"]) or isinstance(block, Flat):
+                out[f"{name}:flat"] = block.rows()
+            elif isinstance(block, Lookup):
+                out[f"{name}:ids"], out[f"{name}:right"] = block.ids, block.right
+            else:
+                out[f"{name}:left"], out[f"{name}:right"] = block.left, block.right
+        return out
+
+    def kernel(self, a: Rows, b: Rows, products: Products | None = None) -> Tensor:
+        """(A, B) inner products of full gradients."""
+        products = products or Products(0)
+        total: Tensor | None = None
+        for name, x in a.items():
+            block, _, part = name.rpartition(":")
+            if part == "flat":
+                term = x @ b[name].T
+            elif part == "right":
+                continue
+            elif part == "ids":
+                term = _lookup_kernel(x, a[f"{block}:right"], b[name], b[f"{block}:right"])
+            else:
+                right = f"{block}:right"
+                term = _outer_kernel(x, a[right], b[name], b[right], products, _keys(a, b, name), _keys(a, b, right))
+            total = term if total is None else total.add_(term)
+        assert total is not None
+        return total
+
+    def diagonal(self, a: Rows, b: Rows) -> Tensor:
+        """(B,) inner products of pairs of gradients."""
+        total: Tensor | None = None
+        for name, x in a.items():
+            block, _, part = name.rpartition(":")
+            if part == "right":
+                continue
+            y = b[name]
+            if part == "flat":
+                term = (x * y).sum(1)
+            else:
+                right = torch.einsum("b...ti,b...si->b...ts", a[f"{block}:right"], b[f"{block}:right"])
+                if part == "ids":
+                    left = (x.unsqueeze(2) == y.unsqueeze(1)).to(right.dtype)
+                else:
+                    left = torch.einsum("bgto,bgso->bgts", x, y)
+                term = (left * right).flatten(1).sum(1)
+            total = term if total is None else total + term
+        assert total is not None
+        return total
+
+
+def _keys(a: Rows, b: Rows, name: str) -> tuple[str, str] | None:
+    one, two = getattr(a, "keys_of", {}).get(name), getattr(b, "keys_of", {}).get(name)
+    return (one, two) if one and two else None
+
+
+def _outer_kernel(
+    la: Tensor,
+    ra: Tensor,
+    lb: Tensor,
+    rb: Tensor,
+    products: Products,
+    left_keys: tuple[str, str] | None,
+    right_keys: tuple[str, str] | None,
+) -> Tensor:
+    """Σ over groups g and positions t, s of ``(l_at · l_bs)(r_at · r_bs)``."""
+    if la.shape[1] == 1 and la.shape[2] == 1 and lb.shape[2] == 1:
+        left = products(la[:, 0, 0], lb[:, 0, 0], left_keys)
+        right = products(ra[:, 0, 0], rb[:, 0, 0], right_keys)
+        return left * right
+    total = la.new_zeros(la.shape[0], lb.shape[0])
+    # (A·T, B·S) products at once would not fit: as many rows of a as keep them near 64 MB
+    per_row = la.shape[2] * lb.shape[0] * lb.shape[2]
+    step = max(1, 2**24 // per_row)
+    for group in range(la.shape[1]):
+        lbg, rbg = lb[:, group].flatten(0, 1), rb[:, group].flatten(0, 1)
+        for start in range(0, la.shape[0], step):
+            lag, rag = la[start : start + step, group], ra[start : start + step, group]
+            pairs = (lag.flatten(0, 1) @ lbg.T).mul_(rag.flatten(0, 1) @ rbg.T)
+            total[start : start + step] += pairs.view(lag.shape[0], la.shape[2], lb.shape[0], lb.shape[2]).sum((1, 3))
+    return total
+
+
+def _lookup_kernel(ia: Tensor, ra: Tensor, ib: Tensor, rb: Tensor) -> Tensor:
+    """Σ over positions t, s with the same id of ``r_at · r_bs``."""
+    total = ra.new_zeros(ra.shape[0], rb.shape[0])
+    step = max(1, 2**24 // (ra.shape[1] * rb.shape[0] * rb.shape[1]))
+    flat_ids, flat_right = ib.flatten(), rb.flatten(0, 1)
+    for start in range(0, ra.shape[0], step):
+        ids, right = ia[start : start + step], ra[start : start + step]
+        pairs = (right.flatten(0, 1) @ flat_right.T).mul_(ids.flatten().unsqueeze(1) == flat_ids)
+        total[start : start + step] = pairs.view(*ids.shape, rb.shape[0], rb.shape[1]).sum((1, 3))
+    return total

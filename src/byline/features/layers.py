@@ -1,0 +1,171 @@
+"""One rule per layer type: from a layer's input and its output's gradient to the gradients of its parameters.
+
+A rule gets ``x`` (the input, B first) and ``g`` (the gradient of the output) of one call and returns a block per
+parameter. `capture.Capture` checks every rule against autograd on a few examples before it is trusted with a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from byline.features.blocks import Block, Flat, Lookup, Outer
+
+Rule = Callable[[Any, Tensor, Tensor, set[str], bool], dict[tuple[str, ...], Block]]
+"""(module, x, g, attributed parameters, bias may join the weight) -> a block per parameter or pair of them."""
+
+
+def _sum_positions(g: Tensor, keep: int = 1) -> Tensor:
+    """(B, .., *last keep) summed over everything between."""
+    between = tuple(range(1, g.ndim - keep))
+    return g.sum(between) if between else g
+
+
+def _weight_and_bias(left: Tensor, right: Tensor, slots: set[str], join: bool) -> dict[tuple[str, ...], Block]:
+    """Blocks of ``W`` and ``b`` in ``y = W x + b`` from left = g (B, G, T, o) and right = x (B, G, T, i)."""
+    if join and slots == {"weight", "bias"}:
+        ones = right.new_ones(*right.shape[:-1], 1)
+        names = ("weight", "bias")
+        return {names: Outer(names, left, torch.cat([right, ones], -1))}
+    out: dict[tuple[str, ...], Block] = {}
+    if "weight" in slots:
+        out["weight",] = Outer(("weight",), left, right)
+    if "bias" in slots:
+        out["bias",] = Flat(("bias",), left.sum(2).flatten(1))
+    return out
+
+
+def linear(module: nn.Linear, x: Tensor, g: Tensor, slots: set[str], join: bool) -> dict[tuple[str, ...], Block]:
+    """``y = x Wᵀ + b``: ∇W = Σ_t g_t ⊗ x_t, ∇b = Σ_t g_t."""
+    b = x.shape[0]
+    left = g.reshape(b, 1, -1, g.shape[-1])
+    right = x.reshape(b, 1, -1, x.shape[-1])
+    return _weight_and_bias(left, right, slots, join)
+
+
+def conv1d_of_transformers(
+    module: Any, x: Tensor, g: Tensor, slots: set[str], join: bool
+) -> dict[tuple[str, ...], Block]:
+    """``y = x W + b`` with W (in, out), as in GPT-2."""
+    b = x.shape[0]
+    out: dict[tuple[str, ...], Block] = {}
+    if "weight" in slots:
+        out["weight",] = Outer(("weight",), x.reshape(b, 1, -1, x.shape[-1]), g.reshape(b, 1, -1, g.shape[-1]))
+    if "bias" in slots:
+        out["bias",] = Flat(("bias",), _sum_positions(g))
+    return out
+
+
+def conv(module: Any, x: Tensor, g: Tensor, slots: set[str], join: bool) -> dict[tuple[str, ...], Block]:
+    """Convolution in one or two dimensions: a linear layer on patches, group by group."""
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        padding: tuple[int, ...] = (0,) * len(kernel)
+    else:
+        padding = module.padding
+    if len(kernel) == 1:
+        x = x.unsqueeze(2)
+        kernel, stride, dilation, padding = (
+            (1, *kernel), (1, *stride), (1, *dilation), (0, *padding)
+        )  # fmt: skip
+    patches = F.unfold(x, kernel, dilation=dilation, padding=padding, stride=stride)  # (B, C·k, T)
+    b, groups = x.shape[0], module.groups
+    right = patches.reshape(b, groups, -1, patches.shape[-1]).transpose(2, 3)
+    left = g.reshape(b, groups, module.out_channels // groups, -1).transpose(2, 3)
+    return _weight_and_bias(left, right, slots, join)
+
+
+def embedding(module: nn.Embedding, x: Tensor, g: Tensor, slots: set[str], join: bool) -> dict[tuple[str, ...], Block]:
+    """``y_t = W[id_t]``: ∇W[id_t] += g_t; the padding row gets none."""
+    b = x.shape[0]
+    ids, right = x.reshape(b, -1), g.reshape(b, -1, g.shape[-1])
+    if module.padding_idx is not None:
+        right = right * (ids != module.padding_idx).unsqueeze(-1)
+    return {("weight",): Lookup(("weight",), ids, right, module.num_embeddings)}
+
+
+def _scale_and_shift(
+    normal: Tensor, g: Tensor, slots: set[str], reduce: Callable[[Tensor], Tensor]
+) -> dict[tuple[str, ...], Block]:
+    """``y = n ∘ w + b`` with n the normalised input."""
+    out: dict[tuple[str, ...], Block] = {}
+    if "weight" in slots:
+        out["weight",] = Flat(("weight",), reduce(g * normal).flatten(1))
+    if "bias" in slots:
+        out["bias",] = Flat(("bias",), reduce(g).flatten(1))
+    return out
+
+
+def _over_channels(t: Tensor) -> Tensor:
+    """(B, C, *) summed to (B, C)."""
+    return t.flatten(2).sum(2) if t.ndim > 2 else t
+
+
+def layer_norm(module: nn.LayerNorm, x: Tensor, g: Tensor, slots: set[str], join: bool) -> dict[tuple[str, ...], Block]:
+    """LayerNorm over the last dimensions."""
+    shape = module.normalized_shape
+    normal = F.layer_norm(x, shape, None, None, module.eps)
+    return _scale_and_shift(normal, g, slots, lambda t: _sum_positions(t, len(shape)))
+
+
+def rms_norm(module: nn.RMSNorm, x: Tensor, g: Tensor, slots: set[str], join: bool) -> dict[tuple[str, ...], Block]:
+    """RMSNorm over the last dimensions."""
+    shape = list(module.normalized_shape)
+    normal = F.rms_norm(x, shape, None, module.eps)
+    return _scale_and_shift(normal, g, slots, lambda t: _sum_positions(t, len(shape)))
+
+
+def group_norm(module: nn.GroupNorm, x: Tensor, g: Tensor, slots: set[str], join: bool) -> dict[tuple[str, ...], Block]:
+    """GroupNorm, and InstanceNorm's affine part through the same channels."""
+    normal = F.group_norm(x, module.num_groups, None, None, module.eps)
+    return _scale_and_shift(normal, g, slots, _over_channels)
+
+
+def batch_norm(module: Any, x: Tensor, g: Tensor, slots: set[str], join: bool) -> dict[tuple[str, ...], Block]:
+    """BatchNorm in eval mode: a fixed affine map per channel."""
+    normal = F.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
+    return _scale_and_shift(normal, g, slots, _over_channels)
+
+
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: linear,
+    nn.Conv1d: conv,
+    nn.Conv2d: conv,
+    nn.Embedding: embedding,
+    nn.LayerNorm: layer_norm,
+    nn.RMSNorm: rms_norm,
+    nn.GroupNorm: group_norm,
+    nn.BatchNorm1d: batch_norm,
+    nn.BatchNorm2d: batch_norm,
+    nn.BatchNorm3d: batch_norm,
+}
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """The rule of a module's type, if there is one."""
+    for kind in type(module).__mro__:
+        if kind in RULES:
+            return RULES[kind]
+    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers"):
+        return conv1d_of_transformers
+    return None
+
+
+def register(kinds: Iterable[type[nn.Module]], rule: Rule) -> None:
+    """Add a rule for layer types of your own; it is checked against autograd like the others."""
+    for kind in kinds:
+        RULES[kind] = rule
+
+
+def is_finite(block: Block) -> Tensor:
+    """(B,) whether every number of an example's block is finite."""
+    parts = [block.grad] if isinstance(block, Flat) else [block.right]
+    if isinstance(block, Outer):
+        parts.append(block.left)
+    return torch.stack([part.flatten(1).isfinite().all(1) for part in parts]).all(0)

@@ -1,0 +1,64 @@
+"""NYSTRÖM features: exact kernels against a sample of training examples, whitened (Williams & Seeger 2000).
+
+``row(x) = k(x, L) (K_LL)^{-1/2}`` for landmarks L, so that ``row(x) · row(y) ≈ k(x, y)``, exactly so between landmarks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from byline.features.base import Features, Passes, Rows, State, check_dim, seeded
+from byline.features.blocks import Block
+from byline.features.exact import Exact
+
+
+class Nystrom(Features):
+    """Exact kernels against ``landmarks`` training examples, whitened: as many columns as landmarks.
+
+    Args:
+        landmarks: how many training examples; all of them give the exact kernel.
+        seed: which ones.
+    """
+
+    def __init__(self, landmarks: int = 1024, seed: int = 0):
+        self.landmarks = check_dim(landmarks, "landmarks")
+        self.seed = seed
+        self.exact = Exact()
+
+    def describe(self) -> dict[str, Any]:
+        """Kind, landmarks and seed."""
+        return {"kind": "nystrom", "landmarks": self.landmarks, "seed": self.seed}
+
+    def learn(self, passes: Passes, length: int) -> State:
+        """The landmarks' factors and the whitening matrix of their kernel."""
+        count = min(self.landmarks, length)
+        chosen = torch.randperm(length, generator=seeded(self.seed, "landmarks"))[:count].sort().values.tolist()
+        state = self.exact.learn(passes, length)
+        parts = [self.exact.rows(blocks, state) for blocks in passes(chosen)]
+        rows = {name: _join([part[name] for part in parts]) for name in parts[0]}
+        values, vectors = torch.linalg.eigh(self.exact.kernel(rows, rows).double())
+        # directions below the rounding of the kernel's own dtype are noise, and whitening would blow them up
+        kept = values > values[-1].clamp_min(0) * 1e-6
+        whitening = vectors * torch.where(kept, values.clamp_min(1e-300).rsqrt(), 0.0)
+        return {**state, **{f"landmarks/{k}": v for k, v in rows.items()}, "whitening": whitening.float()}
+
+    def rows(self, blocks: dict[str, Block], state: State) -> Rows:
+        """(B, landmarks)."""
+        own = self.exact.rows(blocks, state)
+        marks = {name: state[f"landmarks/{name}"] for name in own}
+        kernel = self.exact.kernel(own, marks)
+        return {"rows": kernel @ state["whitening"].to(kernel.dtype)}
+
+
+def _join(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Concatenate along the batch; positions are padded with zeros to the longest."""
+    if parts[0].ndim == 4 or (parts[0].ndim == 3 and len({p.shape[1] for p in parts}) > 1):
+        axis = 2 if parts[0].ndim == 4 else 1
+        longest = max(p.shape[axis] for p in parts)
+        parts = [
+            torch.cat([p, p.new_zeros(*p.shape[:axis], longest - p.shape[axis], *p.shape[axis + 1 :])], axis)
+            for p in parts
+        ]
+    return torch.cat(parts)

@@ -1,0 +1,344 @@
+"""What every method shares: fitting, attributing, and the mean over members."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from byline import batches
+from byline.engines.local import Job, learn, member_key, stream_rows, write_features
+from byline.engines.workbench import Collate, Workbench
+from byline.ensembles.base import Ensemble, Member, as_ensemble, check_count
+from byline.features import Exact, Features
+from byline.features.base import Products, Rows
+from byline.ledger import Ledger
+from byline.methods.mean import RunningMean
+from byline.progress import bar
+from byline.scores import Scores, matrix
+from byline.store import Store, Stored, StoredRows
+from byline.task import Task
+
+Scorer = Callable[[Rows], Tensor]
+"""Rows of a test batch -> (B, n_train) what one member says."""
+
+# larger matrices of scores go to a memory-mapped file
+_IN_MEMORY = 2**30
+
+
+@dataclass
+class Voter:
+    """Members that share their gradients: one of them, and what all of them weigh."""
+
+    member: Member
+    weight: float
+    residual: Tensor
+    """(n_train,) the mean Q of these members."""
+    residual_variance: Tensor | None
+    """(n_train,) the squared standard error of that mean; None for one member."""
+
+
+class Attributor(ABC):
+    """A method on a task and an ensemble.
+
+    Args:
+        task: what is explained.
+        ensemble: who votes.
+        features: how gradients become rows; `Exact` by default.
+        damping: λ relative to the mean squared norm of the rows, or ``"auto"``. Methods without curvature ignore it.
+        store: a folder in which everything computed is kept and found again; None keeps it in memory.
+        batch_size: examples per batch; scores do not depend on it beyond rounding.
+        collate: makes a batch of a list of items; torch's default.
+        device: where to work; the device of the task's model by default. GPUs are untested.
+        ledger: is told what fitting and serving cost.
+        progress: show a progress bar where stderr is a terminal.
+
+    Attributes:
+        n_train_: number of training examples, after ``fit``.
+    """
+
+    train_side: ClassVar[str] = "loss"
+    """Whose gradient is taken at the training example: "output", or "loss" for -∇ℓ."""
+    name: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        task: Task,
+        ensemble: Ensemble,
+        *,
+        features: Features | None = None,
+        damping: float | str = "auto",
+        store: str | Path | None = None,
+        batch_size: int = 256,
+        collate: Collate | None = None,
+        device: Any = None,
+        ledger: Ledger | None = None,
+        progress: bool = True,
+    ):
+        if not isinstance(task, Task):
+            raise TypeError(f"task is a {type(task).__name__}; expected a byline.Task")
+        if features is not None and not isinstance(features, Features):
+            raise TypeError(f"features is a {type(features).__name__}; expected one such as byline.Exact()")
+        if damping != "auto" and (
+            not isinstance(damping, int | float) or isinstance(damping, bool) or not 0 <= damping < float("inf")
+        ):
+            raise ValueError(f"damping is {damping!r}; expected 'auto' or a finite number of at least 0")
+        self.task = task
+        self.ensemble = as_ensemble(ensemble)
+        self.features = Exact() if features is None else features
+        self.damping = damping
+        self.batch_size = check_count(batch_size, "batch_size")
+        self.collate: Collate = default_collate if collate is None else collate
+        self.device = device
+        self.ledger = ledger
+        self.progress = progress
+        self.store = Store(store)
+        self._train_set: Any = None
+        self._check_members(self.ensemble.members())
+
+    # the public face
+
+    def fit(self, train_set: Any) -> Attributor:
+        """Compute what the training set's side needs; what the store holds already is not computed again.
+
+        Args:
+            train_set: any map-style torch Dataset.
+
+        Raises:
+            ValueError, TypeError: anything that cannot work, in one sentence, before long work starts.
+        """
+        data = batches.as_dataset(train_set, "train_set")
+        if isinstance(train_set, DataLoader) and self.collate is default_collate:
+            self.collate = train_set.collate_fn or default_collate
+        self._check_model()
+        with _phase(self.ledger, "fitting"):
+            self.store.claim(
+                {
+                    "task": self.task.fingerprint(),
+                    "dataset": {"length": len(data), "sha256": batches.fingerprint(data)},
+                    "features": self.features.describe(),
+                }
+            )
+            self._train_set, self.n_train_ = data, len(data)
+            self._bench = Workbench(self.task, data, self.collate, self.device)
+            write_features(self._job(data, "train_set", self._of), self.ensemble.members(), self.store, self._bench)
+            self._voters = self._gather()
+            self._prepare()
+        return self
+
+    def add_members(self, ensemble: Ensemble) -> Attributor:
+        """Add members to a fitted attributor; only theirs is computed."""
+        self.ensemble = self.ensemble + ensemble
+        self._check_members(self.ensemble.members())
+        return self if self._train_set is None else self.fit(self._train_set)
+
+    def attribute(self, test_set: Any) -> Scores:
+        """Score every training example for every test example.
+
+        Args:
+            test_set: any map-style torch Dataset of batches like the training set's.
+
+        Returns:
+            scores (n_test, n_train) with standard errors over members.
+        """
+        self._check_fitted()
+        data = batches.as_dataset(test_set, "test_set")
+        job = self._job(data, "test_set", "output")
+        shape = (len(data), self.n_train_)
+        folder = None if self.store.path is None else self.store.path / "scores"
+        mean = RunningMean(lambda: matrix(shape, _IN_MEMORY, folder), self._with_residuals)
+        with _phase(self.ledger, "serving"), bar(len(self._voters) * len(job.spans()), "scores", self.progress) as advance:
+            self._products = Products()
+            shared = self._shared()
+            for voter in self._voters:
+                scorer = self._scorer(voter)
+                mean.begin(voter.weight, voter.residual)
+                state = learn(self._job(self._train_set, "train_set", self._of), voter.member, self.store, self._bench)
+                for start, stop, rows in stream_rows(job, voter.member, state, self._bench):
+                    mean.add(start, stop, scorer(self._keyed(rows, voter, shared)))
+                    advance(1, f"scores of {voter.member.name}")
+            values, stderr = self._finish(mean)
+        return Scores(values, stderr, self.info())
+
+    def self_influence(self) -> np.ndarray:
+        """The score of every training example for itself, (n_train,): ``attribute(train_set)``'s diagonal."""
+        self._check_fitted()
+        mean = RunningMean(lambda: np.zeros((1, self.n_train_), np.float32), self._with_residuals)
+        with _phase(self.ledger, "serving"), bar(len(self._voters), "self-influence", self.progress) as advance:
+            self._products = Products()
+            for voter in self._voters:
+                mean.begin(voter.weight, voter.residual)
+                mean.add(0, 1, self._self(voter).unsqueeze(0))
+                advance(1, f"self-influence of {voter.member.name}")
+            values, _ = self._finish(mean)
+        return values[0]
+
+    def info(self) -> dict[str, Any]:
+        """How scores come about, for their record."""
+        return {
+            "method": type(self).__name__,
+            "ensemble": repr(self.ensemble),
+            "members": len(self.ensemble),
+            "features": repr(self.features),
+        }
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.task!r}, {self.ensemble!r}, features={self.features!r})"
+
+    # what a method says
+
+    _with_residuals = False
+    """Whether members vote on Q and on the kernel apart (TRAK)."""
+
+    @abstractmethod
+    def _scorer(self, voter: Voter) -> Scorer:
+        """What one member says of a batch of test rows."""
+
+    @abstractmethod
+    def _self(self, voter: Voter) -> Tensor:
+        """(n_train,) what one member says of the training examples' scores for themselves."""
+
+    def _prepare(self) -> None:
+        """Whatever fitting does beyond the features."""
+
+    def _finish(self, mean: RunningMean) -> tuple[np.ndarray, np.ndarray]:
+        return mean.mean(), mean.stderr()
+
+    # pieces for the methods
+
+    @property
+    def _of(self) -> str:
+        # where -∇ℓ = Q ∇f, one stored gradient serves every method
+        return "output" if self.train_side == "output" or self.task.loss_follows_output else "loss"
+
+    def _loss_scale(self, voter: Voter) -> Tensor | None:
+        """(n_train,) what stored rows are multiplied by to become -∇ℓ; None if they are that already."""
+        return voter.residual if self.train_side == "loss" and self._of == "output" else None
+
+    def _stored(self, voter: Voter) -> Stored:
+        found = self.store.features(member_key(voter.member.identity("gradient"), self._of))
+        assert found is not None, "fit writes the features of every member"
+        return found
+
+    def _chunks(self, stored: Stored, size: int = 1024) -> list[tuple[int, int]]:
+        return batches.spans(self.n_train_, size)
+
+    def _cross(self, rows: Rows, stored: Stored) -> Tensor:
+        """(B, n_train) the kernel of test rows against a member's stored rows, chunk by chunk."""
+        parts = [
+            self.features.kernel(rows, stored.read(start, stop), self._products)
+            for start, stop in self._chunks(stored)
+        ]
+        return torch.cat(parts, 1)
+
+    def _norms(self, stored: Stored) -> Tensor:
+        """(n_train,) squared norms of a member's stored rows."""
+        parts = []
+        for start, stop in self._chunks(stored):
+            rows = stored.read(start, stop)
+            parts.append(self.features.diagonal(rows, rows))
+        return torch.cat(parts)
+
+    def _pairs(self, voter: Voter) -> Tensor:
+        """(n_train,) inner products ⟨∇f(i), stored(i)⟩ of each training example's two sides."""
+        stored = self._stored(voter)
+        if self._of == "output":
+            return self._norms(stored)
+        state = learn(self._job(self._train_set, "train_set", self._of), voter.member, self.store, self._bench)
+        job = self._job(self._train_set, "train_set", "output")
+        parts = [
+            self.features.diagonal(rows, stored.read(start, stop))
+            for start, stop, rows in stream_rows(job, voter.member, state, self._bench)
+        ]
+        return torch.cat(parts)
+
+    def _job(self, data: Any, name: str, of: str) -> Job:
+        return Job(
+            self.task, self.features, data, name, self.batch_size, of, self.collate, self.ledger, self.progress
+        )
+
+    def _gather(self) -> list[Voter]:
+        """Members grouped by their gradients, with the residuals that the store holds."""
+        groups: dict[str, list[Member]] = {}
+        for member in self.ensemble.members():
+            groups.setdefault(member.identity("gradient"), []).append(member)
+        voters = []
+        for members in groups.values():
+            found = [self.store.vector("residual", m.identity("residual")) for m in members]
+            residuals = torch.stack([r for r in found if r is not None])
+            weights = torch.tensor([m.weight for m in members])
+            total = float(weights.sum())
+            share = weights / total if total else torch.full_like(weights, 1 / len(weights))
+            mean = (share.unsqueeze(1) * residuals).sum(0)
+            variance = None
+            if len(members) > 1:
+                squares = float(share.square().sum())
+                spread = (share.unsqueeze(1) * (residuals - mean).square()).sum(0)
+                variance = spread * squares / max(1 - squares, 1e-12)
+            voters.append(Voter(members[0], total, mean, variance))
+        return voters
+
+    def _shared(self) -> set[str]:
+        """Digests of stored arrays that several members have."""
+        if self.features.linear:
+            return set()
+        counts = Counter(d for voter in self._voters for d in set(self._stored(voter).digests.values()))
+        return {digest for digest, count in counts.items() if count > 1}
+
+    def _keyed(self, rows: Rows, voter: Voter, shared: set[str]) -> Rows:
+        """Test rows with the content of those factors named whose training side several members share."""
+        if not shared:
+            return rows
+        out = StoredRows(rows)
+        digests = self._stored(voter).digests
+        out.keys_of = {
+            name: hashlib.sha256(np.ascontiguousarray(value.cpu().numpy())).hexdigest()
+            for name, value in rows.items()
+            if digests.get(name) in shared
+        }
+        return out
+
+    def _check_members(self, members: list[Member]) -> None:
+        if self.train_side == "loss" and any(m.gradient_changes is not None for m in members):
+            raise ValueError(
+                f"forward_only=True masks TRAK's Q alone, and {type(self).__name__} has no Q: its gradient at the "
+                "training example carries the residual; use forward_only=False"
+            )
+
+    def _check_model(self) -> None:
+        for name, module in self.task.model.named_modules():
+            if module.training:
+                raise ValueError(
+                    f"the model is in train mode{f' (in {name})' if name else ''}; expected model.eval() before attribution"
+                )
+        self.ensemble.validate(self.task.model)
+        for weights in {id(m.weights): m.weights for m in self.ensemble.members()}.values():
+            weights.check(self.task.model)
+
+    def _check_fitted(self) -> None:
+        if self._train_set is None:
+            raise RuntimeError(f"this {type(self).__name__} is not fitted; call fit(train_set) first")
+
+
+class _phase:
+    """A ledger's phase, or nothing without a ledger."""
+
+    def __init__(self, ledger: Ledger | None, phase: str):
+        self._context = None if ledger is None else ledger.phase(phase)
+
+    def __enter__(self) -> None:
+        if self._context is not None:
+            self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._context is not None:
+            self._context.__exit__(*error)

@@ -1,0 +1,69 @@
+"""Gram matrices of stored rows, and solving against them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from byline import batches
+from byline.features.base import Features, Products
+from byline.store import Stored
+
+_CHUNK = 1024
+
+
+def check_room(n: int, features: Features) -> None:
+    """Refuse an N × N kernel that cannot fit.
+
+    Raises:
+        ValueError: says how much it would take, and which features take less.
+    """
+    need = 3 * 8 * n * n
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**36
+    if need > 0.8 * have:
+        raise ValueError(
+            f"features is {features!r}, which needs a kernel of {n} × {n} training examples, about {need / 1e9:.0f} GB "
+            f"of {have / 1e9:.0f} GB; use byline.Nystrom(landmarks=...) or byline.Factorized(dim=...)"
+        )
+
+
+def dual(features: Features, stored: Stored, products: Products) -> Tensor:
+    """(N, N) float32: the kernel of all pairs of training examples, each pair of chunks once."""
+    n = len(stored)
+    check_room(n, features)
+    out = torch.empty(n, n)
+    spans = batches.spans(n, _CHUNK)
+    rows = [stored.read(*span) for span in spans]
+    for i, (a, b) in enumerate(spans):
+        for j, (c, d) in enumerate(spans[: i + 1]):
+            block = features.kernel(rows[i], rows[j], products)
+            out[a:b, c:d] = block
+            if i != j:
+                out[c:d, a:b] = block.T
+    return out
+
+
+def primal(stored: Stored) -> Tensor:
+    """(k, k) float32: the sum of outer products of linear rows."""
+    out: Tensor | None = None
+    for start, stop in batches.spans(len(stored), _CHUNK):
+        rows = stored.read(start, stop)["rows"]
+        out = rows.T @ rows if out is None else out.addmm_(rows.T, rows)
+    assert out is not None
+    return out
+
+
+def factorise(matrix: Tensor, ridge: float, name: str) -> Tensor:
+    """Cholesky factor of ``matrix + ridge · I`` in float64.
+
+    Raises:
+        ValueError: the sum is not positive definite.
+    """
+    damped = matrix.double()
+    damped.diagonal().add_(ridge)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if int(info) != 0:
+        raise ValueError(f"damping is too small: the kernel of {name} is singular; expected damping above 0")
+    return factor

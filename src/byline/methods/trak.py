@@ -1,0 +1,123 @@
+"""TRAK (Park et al. 2023, equation 13; ensembles as in arXiv 2405.17293, equation 3).
+
+Over members m, with φ the gradient of the output and Q the residual:
+
+    score(z, i) = [mean_m Q_m(i)] · [mean_m φ_m(z)ᵀ (Φ_mᵀ Φ_m + λ_m I)⁻¹ φ_m(i)]
+
+λ_m = damping × mean_i ‖φ_m(i)‖². With fewer columns than examples the (k, k) matrix is solved against, otherwise
+``φ(z)ᵀ (ΦᵀΦ + λI)⁻¹ Φᵀ = k(z, ·) (K + λI)⁻¹``: the same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from byline.features.base import Products, Rows
+from byline.methods import damping as damp
+from byline.methods.base import Attributor, Scorer, Voter
+from byline.methods.kernels import dual, factorise, primal
+from byline.methods.mean import RunningMean
+
+
+class TRAK(Attributor):
+    """TRAK under any ensemble.
+
+    The standard error comes from the members by the delta method: the kernel's and Q's deviations, and their
+    covariance, to first order. Members that share a trained model count as separate draws in it.
+
+    Attributes:
+        damping_: relative damping of each distinct gradient member, as given or as chosen by ``"auto"``, after ``fit``.
+    """
+
+    train_side = "output"
+    _with_residuals = True
+
+    def _prepare(self) -> None:
+        self.damping_: dict[str, float] = {}
+        self._products = Products()
+        for voter in self._voters:
+            identity = voter.member.identity("gradient")
+            if self.damping != "auto":
+                self.damping_[voter.member.name] = float(self.damping)
+                continue
+            known = self.store.manifest.notes.setdefault("damping", {})
+            if identity not in known:
+                known[identity] = damp.auto(self._gram(voter), self.n_train_)
+                self.store.flush()
+            self.damping_[voter.member.name] = known[identity]
+
+    def _in_primal(self, voter: Voter) -> bool:
+        return self.features.linear and self._stored(voter).columns < self.n_train_
+
+    def _gram(self, voter: Voter) -> Tensor:
+        stored = self._stored(voter)
+        return primal(stored) if self._in_primal(voter) else dual(self.features, stored, self._products)
+
+    def _factor(self, voter: Voter) -> tuple[Tensor, float]:
+        gram = self._gram(voter)
+        # the trace is that of the dual kernel in either form: Σ_i ‖φ(i)‖²
+        ridge = self.damping_[voter.member.name] * float(gram.diagonal().double().sum()) / self.n_train_
+        return factorise(gram, ridge, voter.member.name), ridge
+
+    def _scorer(self, voter: Voter) -> Scorer:
+        stored = self._stored(voter)
+        factor, _ = self._factor(voter)
+        size = len(factor)
+
+        def count(rows: Tensor) -> None:
+            if self.ledger is not None:
+                # triangular solves and products with the stored rows, which torch's counter does not see
+                self.ledger.add_flops("serving", 2.0 * len(rows) * (size * size + self.n_train_ * stored.columns))
+
+        def in_primal(rows: Rows) -> Tensor:
+            count(rows["rows"])
+            solved = torch.cholesky_solve(rows["rows"].double().T, factor).float()
+            return torch.cat([stored.read(a, b)["rows"] @ solved for a, b in self._chunks(stored)]).T
+
+        def in_dual(rows: Rows) -> Tensor:
+            cross = self._cross(rows, stored)
+            count(cross)
+            return torch.cholesky_solve(cross.double().T, factor).T.float()
+
+        return in_primal if self._in_primal(voter) else in_dual
+
+    def _self(self, voter: Voter) -> Tensor:
+        stored = self._stored(voter)
+        factor, ridge = self._factor(voter)
+        if self._in_primal(voter):
+            parts = [
+                torch.linalg.solve_triangular(factor, stored.read(a, b)["rows"].double().T, upper=False).square().sum(0)
+                for a, b in self._chunks(stored)
+            ]
+            return torch.cat(parts).float()
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype), upper=False)
+        # diag(K (K + λI)⁻¹) = 1 - λ diag((K + λI)⁻¹)
+        return (1 - ridge * inverse.square().sum(0)).float()
+
+    def _finish(self, mean: RunningMean) -> tuple[np.ndarray, np.ndarray]:
+        assert mean.residual is not None
+        kernel, q = mean.mean(), mean.residual.numpy()
+        if mean.moment is not None and not np.isnan(mean.error_factor):
+            assert mean.comoment is not None and mean.residual_moment is not None
+            spread = mean.residual_moment.numpy()
+            # Var(q̄ k̄) ≈ q̄² Var(k̄) + 2 q̄ k̄ Cov(q̄, k̄) + k̄² Var(q̄)
+            error = mean.moment
+            error *= q**2
+            error += 2 * mean.comoment * q * kernel
+            error += kernel**2 * spread
+            error *= mean.error_factor
+            np.sqrt(np.maximum(error, 0, out=error), out=error)
+        else:
+            only = self._voters[0].residual_variance
+            error = mean.stderr() if only is None else np.abs(kernel) * only.sqrt().numpy()
+        kernel *= q
+        return kernel, error
+
+    def info(self) -> dict[str, Any]:
+        """Adds the damping that was used."""
+        chosen = sorted(getattr(self, "damping_", {}).values())
+        return {**super().info(), "damping": self.damping, "damping_median": chosen[len(chosen) // 2] if chosen else None}

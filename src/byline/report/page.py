@@ -1,0 +1,192 @@
+"""The page: the result of a comparison, made ready for the template.
+
+The template only places things; every number is turned into words here. Nothing in the page is fetched: the
+style, plotly's script (from the installed package) and the pictures are inside the file, and a content
+security policy forbids the browser to load anything else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from byline.ledger import human_bytes, human_flops, human_seconds
+from byline.report.picture import data_uri
+from byline.report.plots import GLYPHS, KIND_NAMES, figures, marker, style
+from byline.report.words import as_good_as, percent, verdict
+
+
+def build(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Writes the report of a comparison as one HTML file and returns its path.
+
+    Args:
+        result: what `byline.settings.bench.run` returns and writes as `results.json`.
+        path: where to write; the folder is made if there is none.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside and moved into place: a reader never sees half a report.
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(render(result), encoding="utf-8")
+    os.replace(partial, target)
+    return target
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The report as a string of HTML."""
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader("byline.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    assets = Path(__file__).parent / "assets"
+    rows = result["rows"]
+    bank = result.get("bank", {})
+    return environment.get_template("report.html.j2").render(
+        setting=result["setting"],
+        verdict=verdict(result),
+        facts=_facts(result),
+        rows=_rows(rows, bank.get("ceiling")),
+        plots=figures(rows),
+        legend=[
+            {"name": KIND_NAMES.get(kind, kind), "style": style(kind), "glyph": GLYPHS[marker(kind)]}
+            for kind in dict.fromkeys(row["kind"] for row in rows)
+        ],
+        examples=[_example(example) for example in result.get("examples", [])],
+        has_bounds={(row.get("saved") or {}).get("bound") for row in rows},
+        level=f"{bank.get('level', 0.95) * 100:g} %",
+        ceiling=bank.get("ceiling"),
+        notes=result.get("notes", []),
+        environment=result.get("environment", {}),
+        command=result.get("command", ""),
+        # These three are our own files and plotly's, not data: they go in as they are.
+        css=Markup((assets / "report.css").read_text(encoding="utf-8")),
+        script=Markup((assets / "report.js").read_text(encoding="utf-8")),
+        plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
+    )
+
+
+def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    setting, bank = result["setting"], result.get("bank", {})
+    facts = [
+        ("training examples", f"{setting['n_train']:,}".replace(",", "\u202f")),
+        ("test examples", f"{setting['n_test']:,}".replace(",", "\u202f")),
+    ]
+    if bank:
+        facts.append(("retrained subsets", f"{bank['subsets']} × {bank['seeds']} seeds"))
+        facts.append(("size of a subset", f"{bank['fraction'] * 100:g} %"))
+        if bank.get("ceiling") is not None:
+            facts.append(("noise ceiling of LDS", f"{bank['ceiling']:.2f}"))
+    return facts
+
+
+def _rows(rows: Sequence[Mapping[str, Any]], ceiling: float | None) -> list[dict[str, Any]]:
+    if not rows:
+        return []
+    # One scale for all bars, with room for the ceiling: how far there is to go belongs to the picture.
+    top = max([row["interval"][1] for row in rows] + [row["lds"] for row in rows] + [ceiling or 0.0, 1e-9])
+    low = min([row["interval"][0] for row in rows] + [0.0])
+
+    def place(value: float) -> float:
+        return round(2 + 96 * (value - low) / (top - low), 2)
+
+    shown = []
+    for row in rows:
+        shown.append(
+            {
+                "name": row["name"],
+                "style": style(row["kind"]),
+                "kind": row["kind"],
+                "glyph": GLYPHS[marker(row["kind"])],
+                "members": row["members"],
+                "detail": row.get("detail", ""),
+                "models": row["models"],
+                "lds": f"{row['lds']:.3f}",
+                "low": f"{row['interval'][0]:.3f}",
+                "high": f"{row['interval'][1]:.3f}",
+                "bar": {
+                    "zero": place(0.0),
+                    "value": place(row["lds"]),
+                    "low": place(row["interval"][0]),
+                    "high": place(row["interval"][1]),
+                    "ceiling": None if ceiling is None else place(ceiling),
+                },
+                "equal": as_good_as(row),
+                "costs": [
+                    ("Training", _cost(row, "training")),
+                    ("Fitting", _cost(row, "fitting")),
+                    ("Serving, per query", _cost(row, "serving")),
+                    ("Space", _cost(row, "space")),
+                ],
+            }
+        )
+    return shown
+
+
+def _cost(row: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """A cell: the cost in words, and the share saved where there is one."""
+    saved = row.get("saved") or {}
+    share, bound = saved.get(part), saved.get("bound", "equal")
+    return {
+        "amount": human_bytes(row["space"]) if part == "space" else human_flops(row[part]["flops"]),
+        "seconds": "" if part == "space" else human_seconds(row[part]["seconds"]),
+        "saved": "" if share is None else percent(share, bound),
+        "better": share is not None and share > 0 and bound != "below",
+    }
+
+
+def _example(example: Mapping[str, Any]) -> dict[str, Any]:
+    found = [*example["proponents"], *example["opponents"]]
+    reach = max((abs(item["score"]) + (item["stderr"] or 0.0) for item in found), default=1.0) or 1.0
+
+    def item(one: Mapping[str, Any], side: str) -> dict[str, Any]:
+        error = one["stderr"] or 0.0
+        middle = 50 + 46 * one["score"] / reach
+        return {
+            **_picture(one, f"{side}: training example {one['index']}, label {one['label']}"),
+            "index": one["index"],
+            "label": one["label"],
+            "score": f"{one['score']:+.3g}",
+            "stderr": f"± {one['stderr']:.2g}" if one["stderr"] is not None else "one member: no error",
+            "dot": round(middle, 2),
+            "low": round(middle - 46 * error / reach, 2),
+            "high": round(middle + 46 * error / reach, 2),
+        }
+
+    return {
+        **_picture(example, f"test example {example['index']}, label {example['label']}"),
+        "index": example["index"],
+        "label": example["label"],
+        "predicted": example.get("predicted"),
+        "ensemble": example.get("ensemble", ""),
+        "sides": [
+            {
+                "name": "Proponents",
+                "words": "training on these pushed the output up",
+                "found": [item(one, "proponent") for one in example["proponents"]],
+            },
+            {
+                "name": "Opponents",
+                "words": "training on these pushed it down",
+                "found": [item(one, "opponent") for one in example["opponents"]],
+            },
+        ],
+    }
+
+
+def _picture(example: Mapping[str, Any], alt: str) -> dict[str, Any]:
+    image = example.get("image")
+    return {
+        "src": None if image is None else data_uri(image),
+        "text": example.get("text"),
+        "alt": alt,
+    }

@@ -1,0 +1,84 @@
+"""What a setting is: a named benchmark with data, a model, a training recipe and a bank recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from byline.task import Task
+from byline.training import Recipe, Trainer
+
+Data = tuple[Dataset[Any], Dataset[Any]]
+
+
+@dataclass(frozen=True)
+class BankRecipe:
+    """How the ground truth of a setting is made; the arguments of `byline.retrain`.
+
+    Attributes:
+        subsets: Number of random training subsets.
+        fraction: Their size, as a share of the training set.
+        seeds: Models trained on each.
+        seed: What the subsets and the models' seeds are drawn from.
+    """
+
+    subsets: int = 50
+    fraction: float = 0.5
+    seeds: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A named benchmark.
+
+    Attributes:
+        name: Its name on the command line.
+        description: One sentence for a list.
+        load: Reads the data: (train set, test set); called once, at the first use of either.
+        build: Makes a fresh model, its weights from torch's global generator.
+        recipe: How its models are trained.
+        bank_recipe: How its ground truth is made.
+        output: The output that is attributed, as `byline.Task` takes it.
+        image_shape: (height, width) of an example, when it is a picture.
+        pixel_range: The values that stand for black and white.
+        class_names: Names of the labels, in their order.
+    """
+
+    name: str
+    description: str
+    load: Callable[[], Data] = field(repr=False)
+    build: Callable[[], nn.Module] = field(repr=False)
+    recipe: Recipe
+    bank_recipe: BankRecipe = field(default_factory=BankRecipe)
+    output: Any = "classification"
+    image_shape: tuple[int, int] | None = None
+    pixel_range: tuple[float, float] = (0.0, 1.0)
+    class_names: tuple[str, ...] = field(default=(), repr=False)
+
+    @cached_property
+    def _data(self) -> Data:
+        return self.load()
+
+    @property
+    def train_set(self) -> Any:
+        """Training data: a map-style dataset."""
+        return self._data[0]
+
+    @property
+    def test_set(self) -> Any:
+        """Test data, the examples whose outputs are explained."""
+        return self._data[1]
+
+    def task(self, model: nn.Module | None = None) -> Task:
+        """The task of this setting, for a trained model (or a fresh one, when only its shape matters)."""
+        return Task((model or self.build()).eval(), output=self.output)
+
+    def trainer(self, **options: Any) -> Trainer:
+        """Trains this setting's models; `options` are the other fields of `Trainer`."""
+        return Trainer(self.build, self.recipe, self.task().loss, **options)

@@ -1,0 +1,355 @@
+"""Task: a model, the output whose value is explained, and the loss it was trained with."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from byline import batches
+from byline.batches import Batch
+
+PerExample = Callable[[nn.Module, Batch], Tensor]
+ParamFilter = Callable[[str], bool] | Iterable[str]
+
+_TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+class ExampleError(ValueError):
+    """Something is wrong with one example; ``position`` is its place in the batch."""
+
+    def __init__(self, position: int, problem: str):
+        super().__init__(f"example {position} of the batch: {problem}")
+        self.position = position
+        self.problem = problem
+
+
+class Evaluation(NamedTuple):
+    """What one forward pass says of each example."""
+
+    output: Tensor
+    """(B,) the attributed output f."""
+    loss: Tensor
+    """(B,) the training loss ℓ."""
+    residual: Tensor
+    """(B,) how far the training loss still pushes the output up: TRAK's Q."""
+
+
+class Task:
+    """What is explained.
+
+    Args:
+        model: the module, in eval mode. Its trainable parameters (``requires_grad``) are the attributed ones.
+        output: ``"classification"``, ``"regression"``, ``"language-modeling"`` or ``f(model, batch) -> (B,)``.
+            A named output brings its usual loss:
+
+            - classification: the margin ``log p/(1-p)`` of the label; cross-entropy. Batch ``(*inputs, labels)`` or
+              a dict with ``labels``; the model gives logits (B, C).
+            - regression: the prediction, (B,) or (B, 1); squared error / 2.
+            - language-modeling: the mean over the target tokens of the token margins; the mean token negative
+              log-likelihood. A dict batch follows Hugging Face (``labels`` are shifted here, -100 is left out, and
+              without ``labels`` the ``input_ids`` under ``attention_mask`` are the targets); a tuple
+              ``(ids, targets)`` has its targets already aligned with the logits; a lone tensor of ids is shifted.
+        loss: ``f(model, batch) -> (B,)``, the loss per example that training minimised. Without one, a callable
+            output has the loss ``-output``.
+        residual: ``f(model, batch) -> (B,)``, TRAK's Q for a callable output. Without one the output is read as a
+            margin: ``1 - sigmoid(output)``.
+        params: which parameters count: ``f(name) -> bool`` or glob patterns of names. All trainable ones by default.
+
+    The residual of classification is ``1 - p``, of regression ``y - f``, of language modelling the mean over target
+    tokens of ``1 - p``: each is ``-∂ℓ/∂f`` (Park et al. 2023, TRAK, section 3).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        output: str | PerExample = "classification",
+        loss: PerExample | None = None,
+        *,
+        residual: PerExample | None = None,
+        params: ParamFilter | None = None,
+    ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+        if isinstance(output, str) and output not in _NAMED:
+            raise ValueError(f"output is {output!r}; expected one of {sorted(_NAMED)} or a callable f(model, batch)")
+        if not isinstance(output, str) and not callable(output):
+            raise TypeError(f"output is a {type(output).__name__}; expected a name or a callable f(model, batch)")
+        for name, value in (("loss", loss), ("residual", residual)):
+            if value is not None and not callable(value):
+                raise TypeError(f"{name} is a {type(value).__name__}; expected a callable f(model, batch) -> (B,)")
+        self.model = model
+        self.name = output if isinstance(output, str) else "callable"
+        self._output = _NAMED[output]() if isinstance(output, str) else _Called(output, loss, residual)
+        self._loss = loss
+        self._residual = residual
+        self._params = params
+
+    def output(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The attributed output of each example, (B,)."""
+        return _column(self._output.output(model, batch), batch, "output")
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The training loss of each example, (B,)."""
+        if self._loss is not None:
+            return _column(self._loss(model, batch), batch, "loss")
+        return _column(self._output.loss(model, batch), batch, "loss")
+
+    def residual(self, model: nn.Module, batch: Batch) -> Tensor:
+        """TRAK's Q of each example, (B,), without a gradient."""
+        with torch.no_grad():
+            if self._residual is not None:
+                return _column(self._residual(model, batch), batch, "residual")
+            return _column(self._output.residual(model, batch), batch, "residual")
+
+    def differentiate(self, model: nn.Module, batch: Batch, of: str) -> tuple[Tensor, Tensor]:
+        """What is differentiated, (B,), and the residual, (B,), from one forward pass where possible.
+
+        Args:
+            model: the member's model.
+            batch: the examples.
+            of: ``"output"`` for f, ``"loss"`` for -ℓ.
+        """
+        value, residual = self._output.both(model, batch, of)
+        if of == "loss" and self._loss is not None:
+            value = -self._loss(model, batch)
+        value = _column(value, batch, of)
+        if self._residual is not None:
+            residual = self.residual(model, batch)
+        return value, _column(residual, batch, "residual").detach()
+
+    @property
+    def loss_follows_output(self) -> bool:
+        """Whether -∇ℓ = Q ∇f holds exactly, so that one stored gradient serves both sides of every method."""
+        return self._loss is None and self._residual is None and self._output.loss_follows_output
+
+    def selects(self, name: str) -> bool:
+        """Whether a parameter of this name is attributed."""
+        if self._params is None:
+            return True
+        if callable(self._params):
+            return bool(self._params(name))
+        patterns = [self._params] if isinstance(self._params, str) else list(self._params)
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What identifies the task in a store: its model's structure and its output, loss and residual."""
+        structure = [repr(self.model)] + [
+            f"{name}{tuple(p.shape)}{p.dtype}{p.requires_grad and self.selects(name)}"
+            for name, p in self.model.named_parameters()
+        ]
+        parts = {
+            "model": hashlib.sha256("\n".join(structure).encode()).hexdigest(),
+            "output": self._output.describe(),
+        }
+        for key, function in (("loss", self._loss), ("residual", self._residual)):
+            parts[key] = "default" if function is None else _source(function)
+        return parts
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for n, p in self.model.named_parameters() if p.requires_grad and self.selects(n))
+        return f"Task({type(self.model).__name__}, output={self.name!r}, {count:,} attributed parameters)"
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """A name for a callable that changes when its code does."""
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        text = repr(getattr(code, "co_code", type(function)))
+    return f"{getattr(function, '__qualname__', type(function).__name__)}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _column(value: Any, batch: Batch, name: str) -> Tensor:
+    expected = batches.size(batch)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the task's {name} gave a {type(value).__name__}; expected a tensor of shape ({expected},)")
+    if value.shape == (expected, 1):
+        value = value.squeeze(1)
+    if value.shape != (expected,):
+        raise ValueError(
+            f"the task's {name} has shape {tuple(value.shape)}; expected one number per example, ({expected},)"
+        )
+    return value
+
+
+class _Output:
+    """One kind of output: subclasses say how a prediction and its target become f, ℓ and Q."""
+
+    loss_follows_output = False
+
+    def split(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """Inputs to the model (positional, by name) and the target."""
+        if isinstance(batch, Mapping):
+            key = next((k for k in _TARGET_KEYS if k in batch), None)
+            inputs = {k: v for k, v in batch.items() if k != key}
+            return (), inputs, None if key is None else batch[key]
+        if isinstance(batch, tuple | list) and len(batch) >= 2:
+            return tuple(batch[:-1]), {}, batch[-1]
+        if isinstance(batch, tuple | list):
+            return tuple(batch), {}, None
+        return (batch,), {}, None
+
+    def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any, Batch]:
+        args, kwargs, target = self.split(batch)
+        prediction = model(*args, **kwargs)
+        if hasattr(prediction, "logits"):
+            prediction = prediction.logits
+        elif isinstance(prediction, Mapping) and "logits" in prediction:
+            prediction = prediction["logits"]
+        elif isinstance(prediction, tuple | list) and prediction:
+            prediction = prediction[0]
+        if not isinstance(prediction, Tensor):
+            raise ValueError(f"the model gave a {type(prediction).__name__}; expected a tensor or an object with .logits")
+        return prediction, target, batch
+
+    def evaluate(self, prediction: Tensor, target: Any, batch: Batch) -> Evaluation:
+        raise NotImplementedError
+
+    def output(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.evaluate(*self.predict(model, batch)).output
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.evaluate(*self.predict(model, batch)).loss
+
+    def residual(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.evaluate(*self.predict(model, batch)).residual
+
+    def both(self, model: nn.Module, batch: Batch, of: str) -> tuple[Tensor, Tensor]:
+        evaluation = self.evaluate(*self.predict(model, batch))
+        return (evaluation.output if of == "output" else -evaluation.loss), evaluation.residual
+
+    def describe(self) -> str:
+        return next(name for name, kind in _NAMED.items() if isinstance(self, kind))
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """``log p/(1-p)`` of the labels: their logit less the log-sum-exp of all others, over the last dimension."""
+    index = labels.unsqueeze(-1)
+    own = logits.gather(-1, index).squeeze(-1)
+    others = logits.scatter(-1, index, float("-inf")).logsumexp(-1)
+    return own - others
+
+
+def _check_labels(labels: Tensor, classes: int, ignored: Tensor | None = None) -> None:
+    if torch._C._functorch.is_batchedtensor(labels):
+        return
+    bad = (labels < 0) | (labels >= classes)
+    if ignored is not None:
+        bad &= ~ignored
+    if bad.any():
+        position = int(bad.nonzero()[0, 0])
+        label = int(labels[tuple(bad.nonzero()[0])])
+        raise ExampleError(position, f"label {label} is out of range; expected 0 to {classes - 1}")
+
+
+class _Classification(_Output):
+    loss_follows_output = True
+
+    def evaluate(self, prediction: Tensor, target: Any, batch: Batch) -> Evaluation:
+        if prediction.ndim != 2 or prediction.shape[1] < 2:
+            raise ValueError(
+                f"the model's logits have shape {tuple(prediction.shape)}; classification expects (batch, classes) "
+                "with two classes or more"
+            )
+        if not isinstance(target, Tensor) or target.is_floating_point():
+            raise ValueError(f"the labels are {_kind(target)}; classification expects a tensor of integer labels")
+        labels = target.long()
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            labels = labels.squeeze(1)
+        if labels.shape != prediction.shape[:1]:
+            raise ValueError(f"the labels have shape {tuple(target.shape)}; expected ({prediction.shape[0]},)")
+        _check_labels(labels, prediction.shape[1])
+        f = margin(prediction, labels)
+        return Evaluation(f, F.softplus(-f), torch.sigmoid(-f.detach()))
+
+
+class _Regression(_Output):
+    loss_follows_output = True
+
+    def evaluate(self, prediction: Tensor, target: Any, batch: Batch) -> Evaluation:
+        f = _column(prediction, batch, "prediction")
+        if not isinstance(target, Tensor) or target.numel() != f.numel():
+            raise ValueError(f"the targets are {_kind(target)}; regression expects one number per example")
+        difference = f - target.reshape(f.shape).to(f.dtype)
+        return Evaluation(f, difference.square() / 2, -difference.detach())
+
+
+class _LanguageModeling(_Output):
+    def evaluate(self, prediction: Tensor, target: Any, batch: Batch) -> Evaluation:
+        if prediction.ndim != 3:
+            raise ValueError(
+                f"the model's logits have shape {tuple(prediction.shape)}; language-modeling expects "
+                "(batch, tokens, vocabulary)"
+            )
+        logits, labels = prediction, target
+        if isinstance(batch, Mapping) or target is None:
+            labels = self._own_labels(batch) if target is None else target
+            logits, labels = prediction[:, :-1], labels[:, 1:]
+        if labels.shape != logits.shape[:2]:
+            raise ValueError(f"the labels have shape {tuple(labels.shape)}; expected {tuple(logits.shape[:2])}")
+        labels = labels.long()
+        ignored = labels == -100
+        _check_labels(labels, logits.shape[-1], ignored)
+        count = (~ignored).sum(1)
+        if not torch._C._functorch.is_batchedtensor(count) and (count == 0).any():
+            position = int((count == 0).nonzero()[0, 0])
+            raise ExampleError(position, "has no target token (all are padding or -100); expected at least one")
+        weight = (~ignored).to(logits.dtype) / count.unsqueeze(1)
+        f = margin(logits, labels.masked_fill(ignored, 0))
+        return Evaluation(
+            (f * weight).sum(1), (F.softplus(-f) * weight).sum(1), (torch.sigmoid(-f.detach()) * weight).sum(1)
+        )
+
+    @staticmethod
+    def _own_labels(batch: Batch) -> Tensor:
+        if isinstance(batch, Mapping):
+            ids = batch["input_ids"]
+            mask = batch.get("attention_mask")
+            return ids if mask is None else ids.masked_fill(mask == 0, -100)
+        return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+class _Called(_Output):
+    """An output given as ``f(model, batch)``; read as a margin where a probability is needed."""
+
+    def __init__(self, output: PerExample, loss: PerExample | None, residual: PerExample | None):
+        self.function = output
+
+    def output(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.function(model, batch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return -self.function(model, batch)
+
+    def residual(self, model: nn.Module, batch: Batch) -> Tensor:
+        return torch.sigmoid(-self.function(model, batch))
+
+    def both(self, model: nn.Module, batch: Batch, of: str) -> tuple[Tensor, Tensor]:
+        value = self.function(model, batch)
+        if not isinstance(value, Tensor):
+            return value, value
+        return value, torch.sigmoid(-value.detach())
+
+    def describe(self) -> str:
+        return _source(self.function)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return "missing" if value is None else f"a {type(value).__name__}"
+
+
+_NAMED: dict[str, type[_Output]] = {
+    "classification": _Classification,
+    "regression": _Regression,
+    "language-modeling": _LanguageModeling,
+}

@@ -1,0 +1,158 @@
+"""The LDS against scipy, against a bank whose datamodel is known, and against a simulated reliability."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from byline.evaluate.bank import Bank
+from byline.evaluate.lds import lds, noise_ceiling
+
+
+def masks(subsets, n_train, rng):
+    chosen = np.zeros((subsets, n_train), dtype=bool)
+    for row in chosen:
+        row[rng.choice(n_train, n_train // 2, replace=False)] = True
+    return chosen
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def bank(rng):
+    return Bank(masks(30, 40, rng), rng.normal(size=(30, 2, 12)).astype(np.float32))
+
+
+def test_each_example_equals_scipy(bank, rng):
+    scores = np.round(rng.normal(size=(12, 40)))  # whole numbers: the sums are full of ties
+    result = lds(scores, bank, bootstrap=0)
+    sums = scores @ bank.subsets.T
+    truth = bank.outputs.astype(np.float64).mean(1).T
+    assert any(len(set(row)) < len(row) for row in sums)
+    expected = [spearmanr(a, b).statistic for a, b in zip(sums, truth, strict=True)]
+    np.testing.assert_allclose(result.per_example, expected, atol=1e-12)
+    assert result.mean == pytest.approx(np.mean(expected))
+    assert float(result) == result.mean
+    assert np.isnan(result.interval).all()
+
+
+def test_the_true_linear_datamodel_scores_one_and_its_negative_minus_one(rng):
+    subsets, weights = masks(25, 40, rng), rng.normal(size=(8, 40))
+    bank = Bank(subsets, np.repeat((weights @ subsets.T).T[:, None], 2, axis=1))
+    assert lds(weights, bank).mean == pytest.approx(1)
+    assert lds(weights, bank).interval == pytest.approx((1, 1), abs=1e-5)
+    assert lds(weights, bank).ceiling == pytest.approx(1)
+    assert lds(-weights, bank).mean == pytest.approx(-1)
+
+
+def test_scores_arrays_and_tensors_are_the_same(bank, rng):
+    values = rng.normal(size=(12, 40)).astype(np.float32)
+    expected = lds(values, bank)
+    for scores in (torch.from_numpy(values), SimpleNamespace(values=values)):
+        assert lds(scores, bank).mean == expected.mean
+        assert lds(scores, bank).interval == expected.interval
+
+
+@pytest.mark.parametrize("reliability", [0.3, 0.7])
+@pytest.mark.parametrize("seeds", [2, 3, 4])
+def test_the_ceiling_is_what_a_perfect_predictor_reaches(reliability, seeds, rng):
+    """Truth of variance ρ and seed noise of variance 1 - ρ: a predictor that knows the truth meets the ceiling."""
+    weights, subsets = rng.normal(size=(300, 200)), masks(60, 200, rng)
+    truth = weights @ subsets.T
+    truth = np.sqrt(reliability) * (truth - truth.mean(1, keepdims=True)) / truth.std(1, keepdims=True)
+    noise = np.sqrt(1 - reliability) * rng.normal(size=(60, seeds, 300))
+    bank = Bank(subsets, truth.T[:, None] + noise)
+    result = lds(weights, bank, bootstrap=0)
+    of_mean = seeds * reliability / (1 + (seeds - 1) * reliability)
+    assert result.ceiling == pytest.approx(np.sqrt(of_mean), abs=0.025)
+    assert result.mean == pytest.approx(result.ceiling, abs=0.025)
+    half = seeds // 2
+    assert result.split_half == pytest.approx(half * reliability / (1 + (half - 1) * reliability), abs=0.03)
+
+
+def test_many_seeds_sample_the_halvings(rng):
+    truth = rng.normal(size=(40, 1, 100))
+    split_half, ceiling = noise_ceiling(Bank(masks(40, 10, rng), truth + rng.normal(size=(40, 10, 100))))
+    assert split_half == pytest.approx(5 / 6, abs=0.03)  # five seeds: 1 / (1 + 1/5)
+    assert ceiling == pytest.approx(np.sqrt(10 / 11), abs=0.02)
+
+
+def test_one_seed_has_no_ceiling(bank, rng):
+    result = lds(rng.normal(size=(12, 40)), Bank(bank.subsets, bank.outputs[:, :1]))
+    assert np.isnan([result.ceiling, result.split_half]).all()
+    assert "ceiling" not in repr(result)
+
+
+def test_the_bootstrap_is_that_of_scipy(rng):
+    """Ranks by matrix product equal ranking each resample anew."""
+    from byline.evaluate.lds import _resample
+
+    predicted, actual = np.round(2 * rng.normal(size=(6, 15))), rng.normal(size=(6, 15))
+    got = _resample(predicted, actual, 40, np.random.default_rng(3))
+    draws = np.random.default_rng(3)
+    subset_counts = draws.multinomial(15, np.full(15, 1 / 15), 40)
+    row_counts = draws.multinomial(6, np.full(6, 1 / 6), 40)
+    for value, subsets, rows in zip(got, subset_counts, row_counts, strict=True):
+        s, r = np.repeat(np.arange(15), subsets), np.repeat(np.arange(6), rows)
+        expected = np.mean([spearmanr(predicted[i, s], actual[i, s]).statistic for i in r])
+        assert value == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_interval_covers_the_true_value():
+    """Of 100 banks of one process, about 95 intervals hold its true LDS; with 25 subsets a little fewer."""
+    rng, values, intervals = np.random.default_rng(1), [], []
+    weights = rng.normal(size=(40, 100))
+    for _ in range(100):
+        subsets = masks(25, 100, rng)
+        outputs = (weights @ subsets.T).T + 8 * rng.normal(size=(25, 40))
+        result = lds(weights, Bank(subsets, outputs[:, None]), bootstrap=200)
+        values.append(result.mean)
+        intervals.append(result.interval)
+    low, high = np.array(intervals).T
+    covered = np.mean((low <= np.mean(values)) & (np.mean(values) <= high))
+    assert covered >= 0.85
+    assert np.mean(high - low) < 0.5
+
+
+def test_a_seed_fixes_the_interval(bank, rng):
+    scores = rng.normal(size=(12, 40))
+    assert lds(scores, bank, seed=1).interval == lds(scores, bank, seed=1).interval
+    assert lds(scores, bank, seed=1).interval != lds(scores, bank, seed=2).interval
+    narrow, wide = lds(scores, bank, confidence=0.5).interval, lds(scores, bank, confidence=0.99).interval
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+def test_constant_rows_are_left_out_and_counted(bank, rng):
+    scores = rng.normal(size=(12, 40))
+    scores[3] = 0
+    outputs = bank.outputs.copy()
+    outputs[:, :, 5] = 1
+    result = lds(scores, Bank(bank.subsets, outputs))
+    assert np.flatnonzero(np.isnan(result.per_example)).tolist() == [3, 5]
+    assert result.left_out == 2
+    assert result.mean == pytest.approx(np.nanmean(result.per_example))
+    assert np.isfinite([*result.interval, result.ceiling]).all()
+    assert "2 constant test examples left out" in repr(result)
+    nothing = lds(np.zeros((12, 40)), bank)
+    assert np.isnan(nothing.mean)
+    assert nothing.left_out == 12
+
+
+def test_bad_input_gets_one_clear_error(bank):
+    with pytest.raises(ValueError, match=r"scores: got shape \(40, 12\); .*\(12, 40\)"):
+        lds(np.zeros((40, 12)), bank)
+    bad = np.zeros((12, 40))
+    bad[2, 7] = np.inf
+    with pytest.raises(ValueError, match="test example 2, training example 7 is inf"):
+        lds(bad, bank)
+    with pytest.raises(ValueError, match="2 subsets"):
+        lds(np.zeros((12, 40)), Bank(bank.subsets[:2], bank.outputs[:2]))
+    with pytest.raises(ValueError, match=r"confidence=1\.5"):
+        lds(np.zeros((12, 40)), bank, confidence=1.5)
