@@ -63,7 +63,7 @@ def test_scores_arrays_and_tensors_are_the_same(bank, rng):
 @pytest.mark.parametrize("reliability", [0.3, 0.7])
 @pytest.mark.parametrize("seeds", [2, 3, 4])
 def test_the_ceiling_is_what_a_perfect_predictor_reaches(reliability, seeds, rng):
-    """Truth of variance ρ and seed noise of variance 1 - ρ: a predictor that knows the truth meets the ceiling."""
+    """Truth of variance ρ, seed noise of variance 1 - ρ: who knows the truth meets the ceiling."""
     weights, subsets = rng.normal(size=(300, 200)), masks(60, 200, rng)
     truth = weights @ subsets.T
     truth = np.sqrt(reliability) * (truth - truth.mean(1, keepdims=True)) / truth.std(1, keepdims=True)

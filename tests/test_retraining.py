@@ -180,9 +180,7 @@ def test_other_data_is_refused(data, trainer, make, tmp_path):
     changed = TensorDataset(data[0].tensors[0].clone(), data[0].tensors[1])
     changed.tensors[0][17, 2] += 1
     with pytest.raises(ValueError, match="made with train_set"):
-        retrain(
-            trainer, changed, test_set=data[1], task=Output(), subsets=4, seeds=2, path=path, progress=False
-        )
+        retrain(trainer, changed, test_set=data[1], task=Output(), subsets=4, seeds=2, path=path, progress=False)
 
 
 def test_bad_arguments_get_one_clear_error(make):

@@ -21,7 +21,7 @@ def mlp(dropout=0.0):
 
 
 class Odd(nn.Module):
-    """Embedding, convolution, layer norm, a tied weight, a bare 3-d parameter, a frozen one and a constant buffer."""
+    """Embedding, convolution, norm, a tied weight, a bare 3-d parameter, a frozen one, a constant buffer."""
 
     def __init__(self):
         super().__init__()
@@ -83,13 +83,9 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_batched_equals_plain_training(data, optimizer):
-    recipe = Recipe(
-        optimizer, lr=0.1, momentum=0.9 * (optimizer == "sgd"), weight_decay=0.01, batch_size=16, epochs=3
-    )
+    recipe = Recipe(optimizer, lr=0.1, momentum=0.9 * (optimizer == "sgd"), weight_decay=0.01, batch_size=16, epochs=3)
     subsets = [torch.randperm(50, generator=torch.Generator().manual_seed(i))[:25].numpy() for i in range(5)]
-    runs = train_many(
-        mlp, data, recipe, task_loss=loss, subsets=subsets, seeds=range(5), group=3, checkpoints=[1, 3]
-    )
+    runs = train_many(mlp, data, recipe, task_loss=loss, subsets=subsets, seeds=range(5), group=3, checkpoints=[1, 3])
     for seed, run in enumerate(runs):
         assert run.batched
         assert run.seed == seed
@@ -124,9 +120,7 @@ def test_batchnorm_falls_back_to_one_after_the_other(data):
     runs = train_many(build, data, recipe, task_loss=loss, seeds=[0, 1])
     for run in runs:
         assert not run.batched
-        expected = by_hand(
-            build, data, list(range(50)), recipe, run.seed, lambda p: torch.optim.SGD(p, lr=0.1)
-        )
+        expected = by_hand(build, data, list(range(50)), recipe, run.seed, lambda p: torch.optim.SGD(p, lr=0.1))
         assert_same(run.state_dict, expected[-1])
     with pytest.raises(ValueError, match=r"cannot be trained stacked: .*running_mean"):
         train_many(build, data, recipe, task_loss=loss, seeds=[0, 1], batched=True)
@@ -166,12 +160,8 @@ def test_dropout_differs_between_members_and_repeats(data):
     full_batch = Recipe(lr=0.1, batch_size=50, epochs=1)
     twins = train_many(same_start, data, full_batch, task_loss=loss, seeds=[1, 2])
     assert not torch.allclose(twins[0].state_dict["0.weight"], twins[1].state_dict["0.weight"], atol=1e-4)
-    plain = train_many(
-        lambda: (torch.manual_seed(0), mlp(0.0))[1], data, full_batch, task_loss=loss, seeds=[1, 2]
-    )
-    assert_same(
-        plain[0].state_dict, plain[1].state_dict
-    )  # the same full batch: only dropout told the twins apart
+    plain = train_many(lambda: (torch.manual_seed(0), mlp(0.0))[1], data, full_batch, task_loss=loss, seeds=[1, 2])
+    assert_same(plain[0].state_dict, plain[1].state_dict)  # the same full batch: only dropout told the twins apart
 
 
 def test_callers_random_state_is_left_alone(data):
@@ -198,9 +188,7 @@ def test_schedules(data, schedule):
         scheduler.step()
     assert [recipe.rate(step, 8) for step in range(8)] == pytest.approx(rates)
     run = train_one(mlp, data, recipe, task_loss=loss, seed=2, checkpoints=[0, 2, 4])
-    expected = by_hand(
-        mlp, data, list(range(50)), recipe, 2, lambda p: torch.optim.SGD(p, lr=0.2), rates=rates
-    )
+    expected = by_hand(mlp, data, list(range(50)), recipe, 2, lambda p: torch.optim.SGD(p, lr=0.2), rates=rates)
     assert_same(run.state_dict, expected[-1])
     assert run.learning_rates[0] == 0.2
     assert run.learning_rates[2] == pytest.approx(sum(rates[:4]) / 4)

@@ -7,12 +7,12 @@ everything else alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Sampler, SequentialSampler, TensorDataset, default_collate
 
 Batch = Any
 
@@ -64,12 +64,10 @@ def take(batch: Batch, start: int, stop: int) -> Batch:
 def tile(batch: Batch, copies: int) -> Batch:
     """The batch repeated ``copies`` times along its examples: rows (copy, example) in row-major order."""
     n = size(batch)
-    return map_tensors(
-        batch, lambda t: t.repeat(copies, *[1] * (t.ndim - 1)) if t.ndim and t.shape[0] == n else t
-    )
+    return map_tensors(batch, lambda t: t.repeat(copies, *[1] * (t.ndim - 1)) if t.ndim and t.shape[0] == n else t)
 
 
-def as_dataset(data: Any, name: str) -> Dataset[Any]:
+def as_dataset(data: Any, name: str) -> Any:
     """Accept any map-style dataset with a length; refuse, in one sentence, what has no fixed order.
 
     Raises:
@@ -84,7 +82,7 @@ def as_dataset(data: Any, name: str) -> Dataset[Any]:
                 "expected a map-style dataset, whose order is fixed"
             )
         data = data.dataset
-    if not hasattr(data, "__getitem__") or not isinstance(data, Sized):
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise TypeError(
             f"{name} is a {type(data).__name__} without __len__ and __getitem__; "
             "expected a map-style torch Dataset, whose length and order are fixed"
@@ -97,17 +95,15 @@ def as_dataset(data: Any, name: str) -> Dataset[Any]:
         raise ValueError(f"{name} is empty; expected at least one example")
     if not isinstance(data, TensorDataset):
         for index in sorted({0, length // 2, length - 1}):
-            if _digest(data[index]) != _digest(data[index]):
+            if digest_of(data[index]) != digest_of(data[index]):
                 raise ValueError(
                     f"{name}[{index}] is not the same on a second read; expected a dataset that neither shuffles "
                     "nor augments at random"
                 )
-    return data  # type: ignore[return-value]
+    return data
 
 
-def gather(
-    dataset: Any, indices: list[int], collate: Callable[[list[Any]], Batch] = default_collate
-) -> Batch:
+def gather(dataset: Any, indices: list[int], collate: Callable[[list[Any]], Batch] = default_collate) -> Batch:
     """The examples at these indices, collated."""
     if isinstance(dataset, TensorDataset):
         return tuple(t[indices] for t in dataset.tensors)
@@ -141,7 +137,8 @@ def fingerprint(dataset: Any) -> str:
     return digest.hexdigest()
 
 
-def _digest(item: Any) -> str:
+def digest_of(item: Any) -> str:
+    """SHA-256 of tensors, arrays and whatever holds them, by content."""
     digest = hashlib.sha256()
     _update(digest, item)
     return digest.hexdigest()
@@ -151,7 +148,7 @@ def _update(digest: Any, item: Any) -> None:
     if isinstance(item, Tensor):
         data = item.detach().cpu().contiguous()
         digest.update(f"{data.dtype}{tuple(data.shape)}".encode())
-        digest.update(data.view(torch.uint8).numpy() if data.ndim else data.reshape(1).view(torch.uint8).numpy())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy())
     elif isinstance(item, Mapping):
         for key in sorted(item, key=str):
             digest.update(str(key).encode())

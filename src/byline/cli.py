@@ -41,9 +41,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
-    _: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
-    ] = False,
+    _: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
 ) -> None:
     global _debug
     _debug = debug
@@ -51,9 +49,7 @@ def _options(
 
 Out = Annotated[Path | None, typer.Option(help="Folder for everything that is made; runs resume in it.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Few rows, a small bank: a check, not a measurement.")]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print the results as JSON, and nothing else, to stdout.")
-]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else, to stdout.")]
 
 
 @app.command(epilog="Example:  byline demo --quick --out runs/first")
@@ -170,9 +166,7 @@ def _compare(name: str, out: Path, quick: bool, as_json: bool, data: Path | None
         typer.echo(json.dumps(result))
         return
     show(result, console)
-    console.print(
-        f"\nReport: [bold]{escape(str(path))}[/bold]  (numbers: {escape(str(out / 'results.json'))})"
-    )
+    console.print(f"\nReport: [bold]{escape(str(path))}[/bold]  (numbers: {escape(str(out / 'results.json'))})")
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:

@@ -43,9 +43,7 @@ class Cost:
 
     def scaled(self, factor: float) -> Cost:
         """The same cost `factor` times: a share of it, or several such things."""
-        return Cost(
-            self.flops * factor, self.seconds * factor, self.wall * factor, round(self.bytes * factor)
-        )
+        return Cost(self.flops * factor, self.seconds * factor, self.wall * factor, round(self.bytes * factor))
 
 
 @dataclass

@@ -121,7 +121,7 @@ class Scores:
     @property
     def shape(self) -> tuple[int, int]:
         """(n_test, n_train)."""
-        return self.values.shape  # type: ignore[return-value]
+        return self.values.shape
 
     def top(self, k: int = 5) -> Top:
         """The ``k`` strongest proponents and opponents of every test example, ties in the training set's order.

@@ -164,7 +164,9 @@ def _source(function: Callable[..., Any]) -> str:
     except (OSError, TypeError):
         code = getattr(function, "__code__", None)
         text = repr(getattr(code, "co_code", type(function)))
-    return f"{getattr(function, '__qualname__', type(function).__name__)}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return (
+        f"{getattr(function, '__qualname__', type(function).__name__)}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    )
 
 
 def _column(value: Any, batch: Batch, name: str) -> Tensor:
@@ -207,7 +209,9 @@ class _Output:
         elif isinstance(prediction, tuple | list) and prediction:
             prediction = prediction[0]
         if not isinstance(prediction, Tensor):
-            raise ValueError(f"the model gave a {type(prediction).__name__}; expected a tensor or an object with .logits")
+            raise ValueError(
+                f"the model gave a {type(prediction).__name__}; expected a tensor or an object with .logits"
+            )
         return prediction, target, batch
 
     def evaluate(self, prediction: Tensor, target: Any, batch: Batch) -> Evaluation:
@@ -305,7 +309,9 @@ class _LanguageModeling(_Output):
         weight = (~ignored).to(logits.dtype) / count.unsqueeze(1)
         f = margin(logits, labels.masked_fill(ignored, 0))
         return Evaluation(
-            (f * weight).sum(1), (F.softplus(-f) * weight).sum(1), (torch.sigmoid(-f.detach()) * weight).sum(1)
+            (f * weight).sum(1),
+            (F.softplus(-f) * weight).sum(1),
+            (torch.sigmoid(-f.detach()) * weight).sum(1),
         )
 
     @staticmethod

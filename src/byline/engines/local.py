@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from byline.ensembles.base import Member
 from byline.ensembles.dropout import MaskChange
 from byline.features.base import Features, Rows, State
 from byline.features.blocks import Block, Flat, Lookup, Outer
+from byline.features.capture import Capture
 from byline.features.layers import is_finite
 from byline.ledger import Ledger, count_flops
 from byline.progress import bar
@@ -97,9 +100,7 @@ def _groups(members: Sequence[Member], job: Job, bench: Workbench) -> list[list[
     return groups
 
 
-def _write_group(
-    job: Job, group: list[Member], store: Store, bench: Workbench, advance: Callable[..., None]
-) -> None:
+def _write_group(job: Job, group: list[Member], store: Store, bench: Workbench, advance: Callable[..., None]) -> None:
     states = [learn(job, member, store, bench) for member in group]
     with bench.active(group[0], "gradient") as alone:
         tiled = len(group) > 1 and alone.tiles and not alone.capture(job.of).fallback
@@ -121,8 +122,6 @@ def _write(
     bench: Workbench,
     advance: Callable[..., None],
 ) -> None:
-    from contextlib import ExitStack
-
     n, copies = len(job.dataset), len(group)
     values, residuals = torch.empty(copies, n), torch.empty(copies, n)
     keys = [_key(job, m.identity("gradient")) for m in group]
@@ -138,8 +137,7 @@ def _write(
                 batch = batches.tile(batch, copies)
             value, residual, blocks = _checked(job, capture, batch, start, size)
             if start == 0 and job.ledger is not None:
-                flops = count_flops(lambda: [job.features.rows(capture(batch, job.of)[2], s) for s in states[:1]])  # noqa: B023
-                job.ledger.add_flops("fitting", flops * n / size)
+                job.ledger.add_flops("fitting", _row_flops(job, capture, batch, states[0]) * n / size)
             values[:, start:stop] = value.view(copies, size)
             residuals[:, start:stop] = residual.view(copies, size)
             for copy, (writer, state) in enumerate(zip(writers, states, strict=True)):
@@ -152,7 +150,7 @@ def _write(
         store.put_vector(job.of, identity, values[copy], member.name)
 
 
-def _checked(job: Job, capture: Any, batch: Any, start: int, size: int) -> tuple[Tensor, Tensor, dict[str, Block]]:
+def _checked(job: Job, capture: Capture, batch: Any, start: int, size: int) -> tuple[Tensor, Tensor, dict[str, Block]]:
     with naming(job.name, start, size):
         value, residual, blocks = capture(batch, job.of)
     total = sum(float(b.grad.sum() if isinstance(b, Flat) else b.right.sum()) for b in blocks.values())
@@ -167,6 +165,11 @@ def _checked(job: Job, capture: Any, batch: Any, start: int, size: int) -> tuple
                 "(check that example, and the checkpoint's weights)"
             )
     return value, residual, blocks
+
+
+def _row_flops(job: Job, capture: Capture, batch: Any, state: State) -> int:
+    """What turning a batch into rows takes."""
+    return count_flops(lambda: job.features.rows(capture(batch, job.of)[2], state))
 
 
 def _cut(block: Block, start: int, size: int) -> Block:
@@ -216,7 +219,7 @@ def _write_residuals(job: Job, members: Sequence[Member], store: Store, bench: W
                     with naming(job.name, start, stop - start):
                         residuals[start:stop] = job.task.residual(active.model, batch)
                     if start == 0 and job.ledger is not None:
-                        flops = count_flops(lambda: job.task.residual(active.model, batch))  # noqa: B023
+                        flops = count_flops(partial(job.task.residual, active.model, batch))
                         job.ledger.add_flops("fitting", flops * n / (stop - start))
             bad = (~residuals.isfinite()).nonzero()
             if len(bad):
@@ -226,13 +229,14 @@ def _write_residuals(job: Job, members: Sequence[Member], store: Store, bench: W
 
 
 def stream_rows(job: Job, member: Member, state: State, bench: Workbench) -> Iterator[tuple[int, int, Rows]]:
-    """(start, stop, rows) of a dataset that is not kept: test examples, or training examples seen from the other side."""
+    """(start, stop, rows) of a dataset that is not kept: test examples, or training examples from their other side."""
     with bench.active(member, "gradient") as active:
         capture = active.capture(job.of)
         for start, stop in job.spans():
             batch = job.batch(start, stop, bench.device)
             _, _, blocks = _checked(job, capture, batch, start, stop - start)
             if start == 0 and job.ledger is not None:
-                flops = count_flops(lambda: job.features.rows(capture(batch, job.of)[2], state))  # noqa: B023
-                job.ledger.add_flops("serving", flops * len(job.dataset) / (stop - start))
+                job.ledger.add_flops(
+                    "serving", _row_flops(job, capture, batch, state) * len(job.dataset) / (stop - start)
+                )
             yield start, stop, job.features.rows(blocks, state)

@@ -90,7 +90,9 @@ class Workbench:
 
             def captured(of: str) -> Capture:
                 params = attributed(
-                    self.task, model, lambda name: member.selects(name) and (self.task.selects(name) or "lora_" in name)
+                    self.task,
+                    model,
+                    lambda name: member.selects(name) and (self.task.selects(name) or "lora_" in name),
                 )
                 key = (kinds, of, tuple(params))
                 if key not in self._fallback:

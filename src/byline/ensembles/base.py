@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from byline import batches
+
 StateDict = dict[str, Tensor]
 
 
@@ -103,12 +105,7 @@ class Weights:
     def digest(self) -> str:
         """SHA-256 of the names and values."""
         if self._digest is None:
-            digest = hashlib.sha256()
-            for key, value in sorted(self.load().items()):
-                digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-                data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                digest.update(data.numpy())
-            self._digest = digest.hexdigest()
+            self._digest = batches.digest_of(sorted(self.load().items()))
         return self._digest
 
 
@@ -179,7 +176,7 @@ class Ensemble(ABC):
     def members(self) -> list[Member]:
         """The members, in order."""
 
-    def validate(self, model: nn.Module) -> None:
+    def validate(self, model: nn.Module) -> None:  # noqa: B027 - most ensembles fit every model
         """Refuse, before any work, what cannot be applied to the task's model."""
 
     def __len__(self) -> int:
@@ -213,9 +210,7 @@ class Joined(Ensemble):
         offset = 0
         for part in self.parts:
             members = part.members()
-            out += [
-                replace(m, model_index=m.model_index + offset, run=m.run + offset, _ids={}) for m in members
-            ]
+            out += [replace(m, model_index=m.model_index + offset, run=m.run + offset, _ids={}) for m in members]
             offset += max((m.model_index for m in members), default=-1) + 1
         return out
 

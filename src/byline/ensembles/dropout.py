@@ -93,9 +93,7 @@ def locate(model: nn.Module, forward: Callable[[int], Any], examples: int) -> Si
             f"the model reaches {len(sites.shapes)} dropout layers with {examples} examples and {len(fewer)} with "
             f"{examples - 1}; a mask shared by all examples needs the same layers for every batch"
         )
-    sites.batch_dims = [
-        _batch_dim(a, b, examples) for a, b in zip(sites.shapes, fewer, strict=True)
-    ]
+    sites.batch_dims = [_batch_dim(a, b, examples) for a, b in zip(sites.shapes, fewer, strict=True)]
     return sites
 
 
@@ -186,9 +184,7 @@ class _Masker(_Handler):
             if kind.endswith("channel"):
                 # (rows, channels, 1, ..): one decision per example row and channel
                 shape = (*shape[:2], *[1] * (len(shape) - 2))
-            self._masks[where] = torch.stack(
-                [_keep(shape, f"{key}/{site}", rate, x.device) for key in self.keys]
-            )
+            self._masks[where] = torch.stack([_keep(shape, f"{key}/{site}", rate, x.device) for key in self.keys])
         return self._masks[where]
 
     @staticmethod
@@ -215,8 +211,9 @@ class _FunctionalDropout(TorchFunctionMode):
             return self.attention(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             # its own body calls dropout and attention by their global names, out of this mode's sight
-            with _swapped(F, "dropout", self._named("unit")), _swapped(
-                F, "scaled_dot_product_attention", self.attention
+            with (
+                _swapped(F, "dropout", self._named("unit")),
+                _swapped(F, "scaled_dot_product_attention", self.attention),
             ):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
@@ -248,9 +245,7 @@ class _FunctionalDropout(TorchFunctionMode):
     ) -> Tensor:
         """Scaled dot-product attention written out, so that its dropout can be reached."""
         if dropout_p == 0:
-            return _attention(
-                query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+            return _attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
         if enable_gqa:
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
             value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
@@ -294,12 +289,15 @@ class _Session:
 
     def __enter__(self) -> _Session:
         modes = [(module, module.training) for module in self.model.modules()]
-        self._stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes])
+        self._stack.callback(_restore_modes, modes)
         for module in self.model.modules():
-            kind = next((k for t, k in _MODULES.items() if type(module).forward is t.forward and isinstance(module, t)), None)
+            kind = next(
+                (k for t, k in _MODULES.items() if type(module).forward is t.forward and isinstance(module, t)),
+                None,
+            )
             if kind is not None:
                 # an instance attribute hides the class's forward until it is deleted again
-                module.forward = _bound(self, module, kind)  # type: ignore[method-assign]
+                module.forward = _bound(self, module, kind)
                 self._stack.callback(module.__dict__.pop, "forward", None)
             # models ask self.training before they drop functionally; statistics must not move
             if not isinstance(module, nn.modules.batchnorm._NormBase | nn.RNNBase):
@@ -312,6 +310,11 @@ class _Session:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
+
+
+def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, mode in modes:
+        module.training = mode
 
 
 def _bound(session: _Session, module: Any, kind: str) -> Callable[[Tensor], Tensor]:
@@ -361,7 +364,12 @@ class Dropout(Ensemble):
     kind = "dropout"
 
     def __init__(
-        self, base: Ensemble, masks: int = 10, p: float | None = None, forward_only: bool = False, seed: int = 0
+        self,
+        base: Ensemble,
+        masks: int = 10,
+        p: float | None = None,
+        forward_only: bool = False,
+        seed: int = 0,
     ):
         self.base = as_ensemble(base, "base")
         self.masks = check_count(masks, "masks")
@@ -376,7 +384,9 @@ class Dropout(Ensemble):
         """Mask by mask within each base member."""
         return [
             member.under(
-                MaskChange(self.seed, index, (number,), self.p), f"mask {number}", forward_only=self.forward_only
+                MaskChange(self.seed, index, (number,), self.p),
+                f"mask {number}",
+                forward_only=self.forward_only,
             )
             for index, member in enumerate(self.base.members())
             for number in range(self.masks)

@@ -62,11 +62,7 @@ class Adapter:
 
     def digest(self) -> str:
         """SHA-256 of configuration and tensors."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
-        for key, value in sorted(self.tensors.items()):
-            digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return batches.digest_of([json.dumps(self.config, sort_keys=True, default=str), sorted(self.tensors.items())])
 
 
 class AdapterChange(Change):
@@ -141,7 +137,9 @@ class LoRA(Ensemble):
     def __init__(self, base: Ensemble, adapters: Sequence[Sequence[Any]]):
         self.base = as_ensemble(base, "base")
         if not isinstance(adapters, list | tuple) or not all(isinstance(a, list | tuple) for a in adapters):
-            raise TypeError("adapters must be a list of adapters per trained model, as in LoRA(base, adapters=[[a, b]])")
+            raise TypeError(
+                "adapters must be a list of adapters per trained model, as in LoRA(base, adapters=[[a, b]])"
+            )
         if len(adapters) != len(self.base):
             raise ValueError(f"adapters has {len(adapters)} lists; expected one per trained model, {len(self.base)}")
         if not all(len(a) for a in adapters):
@@ -239,7 +237,9 @@ def train_lora(
     for index, member, number in track(jobs, "training adapters", progress):
         if member.changes:
             raise ValueError(f"{member.name} is not a plain trained model; train adapters on Independent or Trajectory")
-        rows[index].append(_train_one(task, member.weights, data, config, (seed, index, number), epochs, lr, batch_size))
+        rows[index].append(
+            _train_one(task, member.weights, data, config, (seed, index, number), epochs, lr, batch_size)
+        )
     return LoRA(base, rows)
 
 

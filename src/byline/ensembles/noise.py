@@ -1,6 +1,7 @@
 """WEIGHT NOISE: multiplicative Gaussian noise on the weights, for models without dropout.
 
-Draw d of trained model m multiplies every weight: ``w ← w · (1 + scale · ε)``, ε ~ N(0, 1) drawn once from (seed, m, d).
+Draw d of trained model m multiplies every weight: ``w ← w · (1 + scale · ε)``, ε ~ N(0, 1), drawn from
+(seed, m, d).
 It is Gaussian dropout (Srivastava et al. 2014, section 10) moved from the activations to the weights.
 """
 
@@ -32,9 +33,7 @@ class NoiseChange(Change):
         """Multiply the weights of two dimensions or more, and put them back afterwards."""
         kept: list[tuple[nn.Parameter, torch.Tensor]] = []
         # numpy-style mixing of the three numbers, so that neighbouring draws share no stream
-        generator = torch.Generator().manual_seed(
-            (self.seed * 1_000_003 + self.model_index) * 1_000_003 + self.draw
-        )
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.model_index) * 1_000_003 + self.draw)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim < 2 or not parameter.is_floating_point():

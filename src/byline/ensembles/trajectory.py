@@ -24,7 +24,9 @@ class Trajectory(Ensemble):
 
     def __init__(self, runs: Sequence[Sequence[Any]], weights: Sequence[Any] | None = None):
         if not isinstance(runs, list | tuple) or not runs or not all(isinstance(run, list | tuple) for run in runs):
-            raise TypeError("runs must be a list of runs, each a list of checkpoints, as in Trajectory([[epoch_1, epoch_2]])")
+            raise TypeError(
+                "runs must be a list of runs, each a list of checkpoints, as in Trajectory([[epoch_1, epoch_2]])"
+            )
         if not all(len(run) for run in runs):
             raise ValueError("runs has a run without checkpoints; expected at least one in each")
         self.runs = [

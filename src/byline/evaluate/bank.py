@@ -1,4 +1,4 @@
-"""The bank: what models retrained on known random subsets say, the ground truth of every subset-based measure."""
+"""The bank: what models retrained on known random subsets say, the ground truth of subset-based measures."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ class Bank:
     def __post_init__(self) -> None:
         subsets, outputs = np.asarray(self.subsets), np.asarray(self.outputs, dtype=np.float32)
         if subsets.ndim != 2 or subsets.dtype != bool:
-            raise ValueError(
-                f"subsets: got {subsets.dtype} {subsets.shape}; expected bool (subsets, n_train)"
-            )
+            raise ValueError(f"subsets: got {subsets.dtype} {subsets.shape}; expected bool (subsets, n_train)")
         if outputs.ndim != 3 or len(outputs) != len(subsets):
             raise ValueError(f"outputs: got {outputs.shape}; expected ({len(subsets)}, seeds, n_test)")
         if not np.isfinite(outputs).all():
@@ -84,7 +82,8 @@ class Bank:
 
     def __repr__(self) -> str:
         size = f"{self.subsets.sum(1).mean():.0f} of {self.n_train}"
-        return f"Bank({len(self.subsets)} subsets of {size} examples × {self.seeds} seeds, {self.n_test} test examples)"
+        trained = f"{len(self.subsets)} subsets of {size} examples × {self.seeds} seeds"
+        return f"Bank({trained}, {self.n_test} test examples)"
 
 
 def write(path: str | Path, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:

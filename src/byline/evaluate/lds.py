@@ -17,6 +17,7 @@ from math import comb
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import rankdata
 
 from byline.evaluate.bank import Bank
@@ -87,14 +88,11 @@ def lds(scores: Any, bank: Bank, *, bootstrap: int = 1000, confidence: float = 0
     values = _values(scores)
     if values.shape != (bank.n_test, bank.n_train):
         raise ValueError(
-            f"scores: got shape {values.shape}; the bank expects (n_test, n_train) = "
-            f"({bank.n_test}, {bank.n_train})"
+            f"scores: got shape {values.shape}; the bank expects (n_test, n_train) = ({bank.n_test}, {bank.n_train})"
         )
     if not np.isfinite(values).all():
         z, i = np.argwhere(~np.isfinite(values))[0]
-        raise ValueError(
-            f"scores: test example {z}, training example {i} is {values[z, i]}; expected finite numbers"
-        )
+        raise ValueError(f"scores: test example {z}, training example {i} is {values[z, i]}; expected finite numbers")
     if len(bank.subsets) < 3:
         raise ValueError(f"bank: has {len(bank.subsets)} subsets; a rank correlation needs at least 3")
     if not 0 < confidence < 1:
@@ -125,14 +123,14 @@ def lds(scores: Any, bank: Bank, *, bootstrap: int = 1000, confidence: float = 0
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Rank correlation of each row of `a` with the same row of `b`, (rows,); NaN where either row is constant."""
+    """Rank correlation of each row of `a` with that of `b`, (rows,); NaN where either row is constant."""
     a, b = (rankdata(x, axis=1) - (x.shape[1] + 1) / 2 for x in (a, b))
     with np.errstate(invalid="ignore", divide="ignore"):
         return (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
 
 
 def noise_ceiling(bank: Bank) -> tuple[float, float]:
-    """How far the bank's own noise lets any prediction come: (split-half correlation, ceiling); NaN with one seed.
+    """How far the bank's noise lets any prediction come: (split-half, ceiling); NaN with one seed.
 
     The correlation over subsets between the mean outputs of two disjoint halves of the seeds, taken for each
     test example and averaged over them (and over the ways to halve the seeds, 20 at most), is stepped up to
@@ -202,7 +200,5 @@ def _resample(predicted: np.ndarray, actual: np.ndarray, draws: int, rng: np.ran
 
 
 def _values(scores: Any) -> np.ndarray:
-    values = getattr(scores, "values", scores)
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-    return np.asarray(values)
+    values = scores if isinstance(scores, torch.Tensor) else getattr(scores, "values", scores)
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)

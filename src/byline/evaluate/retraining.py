@@ -33,7 +33,9 @@ class HasOutput(Protocol):
 
     model: nn.Module
 
-    def output(self, model: nn.Module, batch: Batch) -> Tensor: ...
+    def output(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The output of each example, (B,)."""
+        ...
 
 
 def retrain(
@@ -128,9 +130,7 @@ def retrain(
             for (s, r), row in zip(part, outputs, strict=True):
                 if not np.isfinite(row).all():
                     bad = int(np.flatnonzero(~np.isfinite(row))[0])
-                    raise ValueError(
-                        f"the model of subset {s}, seed {r} gives {row[bad]} for test example {bad}"
-                    )
+                    raise ValueError(f"the model of subset {s}, seed {r} gives {row[bad]} for test example {bad}")
             if file:
                 write(file, {"outputs": outputs}, {**made, "cost": asdict(cost)})
             done.append((outputs, cost))
@@ -144,7 +144,7 @@ def retrain(
 
 
 def draw_subsets(n_train: int, subsets: int, size: int, seed: int) -> np.ndarray:
-    """Random subsets, (subsets, n_train) bool with `size` True in each row; row s depends on (seed, s) alone."""
+    """Random subsets, (subsets, n_train) bool, `size` True in each row; row s depends on (seed, s) alone."""
     masks = np.zeros((subsets, n_train), dtype=bool)
     for s in range(subsets):
         masks[s, np.random.default_rng([seed, s]).choice(n_train, size, replace=False)] = True
@@ -176,9 +176,7 @@ def _train_part(
                 results.append(train_fn(Subset(train_set, index.tolist()), seed))
                 advance(1)
     if len(results) != len(members):
-        raise ValueError(
-            f"train_fn.many: got {len(results)} models for {len(members)} seeds; expected one for each"
-        )
+        raise ValueError(f"train_fn.many: got {len(results)} models for {len(members)} seeds; expected one for each")
     cost = ledger.training
     cost.flops = sum(result.flops for result in results if isinstance(result, Run))
     outputs = np.stack([_outputs(task, result, test, batch_size) for result in results])
@@ -208,9 +206,7 @@ def _same(made: dict[str, Any], found: dict[str, Any], path: str | Path | None) 
     for name, value in made.items():
         if found.get(name) != value:
             ours, theirs = _difference(value, found.get(name))
-            raise ValueError(
-                f"{path} was made with {name} {theirs}, not {ours}: choose another path or remove it"
-            )
+            raise ValueError(f"{path} was made with {name} {theirs}, not {ours}: choose another path or remove it")
 
 
 def _difference(ours: Any, theirs: Any) -> tuple[Any, Any]:

@@ -94,8 +94,7 @@ class NaiveCurve:
         self.models = np.unique(sizes)
         self.lds = np.asarray(fitted.predict(np.log(self.models)), dtype=float)
         self.per_model = {
-            name: float(sizes @ [getattr(point, name) for point in given] / (sizes @ sizes))
-            for name in RESOURCES
+            name: float(sizes @ [getattr(point, name) for point in given] / (sizes @ sizes)) for name in RESOURCES
         }
 
     def lds_at(self, models: float) -> float:

@@ -48,7 +48,7 @@ class Outer:
     @property
     def smaller_flat(self) -> bool:
         """Whether the gradient takes no more space than its factors."""
-        b, g, t, o = self.left.shape
+        t, o = self.left.shape[2:]
         return o * self.right.shape[3] <= t * (o + self.right.shape[3])
 
     def rows(self) -> Tensor:

@@ -85,8 +85,8 @@ class Capture:
         calls: list[tuple[nn.Module, Tensor, Any]] = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            if isinstance(out, Tensor) and out.requires_grad:
-                x = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            x = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            if isinstance(out, Tensor) and out.requires_grad and isinstance(x, Tensor):
                 # the edge stays that of this output even if an in-place operation changes the tensor later
                 calls.append((module, x.detach(), get_gradient_edge(out)))
 
@@ -201,9 +201,7 @@ def calibrate(task: Task, model: nn.Module, params: dict[str, nn.Parameter], bat
         try:
             _, _, blocks = capture._ruled(batch, of)
             rows = {
-                name: part
-                for block in blocks.values()
-                for name, part in zip(block.params, block.split(), strict=True)
+                name: part for block in blocks.values() for name, part in zip(block.params, block.split(), strict=True)
             }
         except (RuntimeError, ValueError, IndexError) as error:
             # a rule that cannot even run, on a shape it does not foresee: leave everything to autograd
@@ -226,9 +224,7 @@ def _check_separable(task: Task, model: nn.Module, batch: Batch, of: str) -> Non
     with torch.no_grad():
         whole = task.differentiate(model, batch, of)[0]
         again = task.differentiate(model, batch, of)[0]
-        alone = [
-            task.differentiate(model, batches.take(batch, i, i + 1), of)[0] for i in range(len(whole))
-        ]
+        alone = [task.differentiate(model, batches.take(batch, i, i + 1), of)[0] for i in range(len(whole))]
     if not torch.equal(whole, again) and whole.isfinite().all():
         raise ValueError(
             "the model gives another output on a second call with the same batch; expected a deterministic model "
@@ -249,9 +245,7 @@ def attributed(task: Task, model: nn.Module, selects: Callable[[str], bool]) -> 
         ValueError: none is left.
     """
     params = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and selects(name)
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad and selects(name)
     }
     if not params:
         raise ValueError("no parameter is attributed: none is trainable and chosen by params=")

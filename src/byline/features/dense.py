@@ -43,7 +43,7 @@ class Dense(Features):
     def rows(self, blocks: dict[str, Block], state: State) -> Rows:
         """(B, dim)."""
         out: Tensor | None = None
-        for name, block in blocks.items():
+        for block in blocks.values():
             for param, grad in zip(block.params, block.split(), strict=True):
                 for start in range(0, grad.shape[1], _SLICE):
                     part = self._project(grad[:, start : start + _SLICE], f"{param}/{start}")
@@ -59,9 +59,7 @@ class Dense(Features):
             signs = torch.randint(2, (n, _PER_ROW), generator=generator) * 2.0 - 1
             out = grad.new_zeros(grad.shape[0], self.dim)
             for hop in range(_PER_ROW):
-                out.index_add_(
-                    1, columns[:, hop].to(grad.device), grad * signs[:, hop].to(grad) * _PER_ROW**-0.5
-                )
+                out.index_add_(1, columns[:, hop].to(grad.device), grad * signs[:, hop].to(grad) * _PER_ROW**-0.5)
             return out
         if self.kind_of == "gaussian":
             matrix = torch.randn(n, self.dim, generator=generator)

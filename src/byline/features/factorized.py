@@ -208,7 +208,7 @@ def _share(sizes: dict[str, int], dim: int) -> dict[str, int]:
 
 
 def _rectangle(share: int, o: int, i: int) -> tuple[int, int]:
-    """o' ≤ o and i' ≤ i with o'·i' ≤ share, in the proportions of the factors."""
+    """O' ≤ o and i' ≤ i with o'·i' ≤ share, in the proportions of the factors."""
     if share >= o * i:
         return o, i
     ko = min(o, max(1, round(math.sqrt(share * o / i))))

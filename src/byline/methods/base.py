@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
@@ -156,7 +155,10 @@ class Attributor(ABC):
         shape = (len(data), self.n_train_)
         folder = None if self.store.path is None else self.store.path / "scores"
         mean = RunningMean(lambda: matrix(shape, _IN_MEMORY, folder), self._with_residuals)
-        with _phase(self.ledger, "serving"), bar(len(self._voters) * len(job.spans()), "scores", self.progress) as advance:
+        with (
+            _phase(self.ledger, "serving"),
+            bar(len(self._voters) * len(job.spans()), "scores", self.progress) as advance,
+        ):
             self._products = Products()
             shared = self._shared()
             for voter in self._voters:
@@ -173,7 +175,10 @@ class Attributor(ABC):
         """The score of every training example for itself, (n_train,): ``attribute(train_set)``'s diagonal."""
         self._check_fitted()
         mean = RunningMean(lambda: np.zeros((1, self.n_train_), np.float32), self._with_residuals)
-        with _phase(self.ledger, "serving"), bar(len(self._voters), "self-influence", self.progress) as advance:
+        with (
+            _phase(self.ledger, "serving"),
+            bar(len(self._voters), "self-influence", self.progress) as advance,
+        ):
             self._products = Products()
             for voter in self._voters:
                 mean.begin(voter.weight, voter.residual)
@@ -207,7 +212,7 @@ class Attributor(ABC):
     def _self(self, voter: Voter) -> Tensor:
         """(n_train,) what one member says of the training examples' scores for themselves."""
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> None:  # noqa: B027 - most methods need nothing more
         """Whatever fitting does beyond the features."""
 
     def _finish(self, mean: RunningMean) -> tuple[np.ndarray, np.ndarray]:
@@ -235,8 +240,7 @@ class Attributor(ABC):
     def _cross(self, rows: Rows, stored: Stored) -> Tensor:
         """(B, n_train) the kernel of test rows against a member's stored rows, chunk by chunk."""
         parts = [
-            self.features.kernel(rows, stored.read(start, stop), self._products)
-            for start, stop in self._chunks(stored)
+            self.features.kernel(rows, stored.read(start, stop), self._products) for start, stop in self._chunks(stored)
         ]
         return torch.cat(parts, 1)
 
@@ -263,7 +267,15 @@ class Attributor(ABC):
 
     def _job(self, data: Any, name: str, of: str) -> Job:
         return Job(
-            self.task, self.features, data, name, self.batch_size, of, self.collate, self.ledger, self.progress
+            self.task,
+            self.features,
+            data,
+            name,
+            self.batch_size,
+            of,
+            self.collate,
+            self.ledger,
+            self.progress,
         )
 
     def _gather(self) -> list[Voter]:
@@ -300,11 +312,7 @@ class Attributor(ABC):
             return rows
         out = StoredRows(rows)
         digests = self._stored(voter).digests
-        out.keys_of = {
-            name: hashlib.sha256(np.ascontiguousarray(value.cpu().numpy())).hexdigest()
-            for name, value in rows.items()
-            if digests.get(name) in shared
-        }
+        out.keys_of = {name: batches.digest_of(value) for name, value in rows.items() if digests.get(name) in shared}
         return out
 
     def _check_members(self, members: list[Member]) -> None:

@@ -120,4 +120,8 @@ class TRAK(Attributor):
     def info(self) -> dict[str, Any]:
         """Adds the damping that was used."""
         chosen = sorted(getattr(self, "damping_", {}).values())
-        return {**super().info(), "damping": self.damping, "damping_median": chosen[len(chosen) // 2] if chosen else None}
+        return {
+            **super().info(),
+            "damping": self.damping,
+            "damping_median": chosen[len(chosen) // 2] if chosen else None,
+        }

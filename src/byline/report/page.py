@@ -156,7 +156,7 @@ def _example(example: Mapping[str, Any]) -> dict[str, Any]:
             "index": one["index"],
             "label": one["label"],
             "score": f"{one['score']:+.3g}",
-            "stderr": f"± {one['stderr']:.2g}" if one["stderr"] is not None else "one member: no error",
+            "stderr": f"± {one['stderr']:.1g}" if one["stderr"] is not None else "one member: no error",
             "dot": round(middle, 2),
             "low": round(middle - 46 * error / reach, 2),
             "high": round(middle + 46 * error / reach, 2),

@@ -103,9 +103,7 @@ def run(
             "level": LEVEL,
             "cost": bank.metadata.get("cost"),
         },
-        "rows": [
-            {key: value for key, value in row.items() if key != "strongest"} for row in add_savings(measured)
-        ],
+        "rows": [{key: value for key, value in row.items() if key != "strongest"} for row in add_savings(measured)],
         "examples": _examples(setting, best, chosen, predicted) if best else [],
         "notes": _notes(setting, recipe, quick),
         "environment": environment(),
@@ -143,9 +141,7 @@ def _measure(
     setting = shop.setting
     ensemble, training, weights = _ensemble(shop, row, models)
     ledger, queries = Ledger(), len(setting.test_set)
-    attributor = TRAK(
-        setting.task(), ensemble, features=Exact(), damping="auto", ledger=ledger, progress=progress
-    )
+    attributor = TRAK(setting.task(), ensemble, features=Exact(), damping="auto", ledger=ledger, progress=progress)
     attributor.fit(setting.train_set)
     scores = attributor.attribute(setting.test_set)
     efficacy = lds(scores, bank, confidence=LEVEL)
@@ -246,7 +242,11 @@ def _notes(setting: Setting, bank: BankRecipe, quick: bool) -> list[str]:
         f"{bank.seeds} models on each. What it cost is part of no row.",
         "Method: TRAK with exact features (no projection), the damping chosen automatically and without the "
         "ground truth. All rows share models, bank and test examples.",
+        "Seconds are those of this machine while it ran. Models trained side by side share their time, so a model's "
+        "seconds depend on how many were; its FLOPs do not.",
         "Intervals are bootstrapped over subsets and test examples, each row by itself.",
+        "Serving: the whole test set once, divided by its size. Matrix factorisations done once in such a pass are "
+        "in the seconds, not in the FLOPs.",
         "Space: the weights of trained models, adapters and checkpoints, and the features kept for serving.",
         "Mask rates and noise scales are the library's defaults; they were chosen on fashion-mlp with its "
         "ground truth at hand, so that setting flatters them a little.",
@@ -254,9 +254,7 @@ def _notes(setting: Setting, bank: BankRecipe, quick: bool) -> list[str]:
         f"{EXAMPLES} in all, explained by the row of highest LDS.",
     ]
     if quick:
-        said.insert(
-            0, "Short form (--quick): few rows and a small bank. It shows that all works; do not quote it."
-        )
+        said.insert(0, "Short form (--quick): few rows and a small bank. It shows that all works; do not quote it.")
     return said
 
 

@@ -106,8 +106,10 @@ def read_idx(path: str | Path, *, sha256: str | None = None) -> np.ndarray:
     if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _TYPES or not raw[3]:
         raise ValueError(f"{path} is not an IDX file: it begins with {raw[:4].hex(' ') or 'nothing'}")
     dtype, start = np.dtype(_TYPES[raw[2]]), 4 + 4 * raw[3]
+    if len(raw) < start:
+        raise ValueError(f"{path} is cut short: it ends within its header")
     shape = tuple(int(size) for size in np.frombuffer(raw[4:start], ">u4"))
-    if len(shape) != raw[3] or len(raw) - start != math.prod(shape) * dtype.itemsize:
+    if len(raw) - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(
             f"{path} is cut short or too long: it declares shape {shape}, and holds {len(raw) - start} bytes"
         )
@@ -131,9 +133,7 @@ def read_folder(folder: str | Path, *, sha256: dict[str, str] | None = None) -> 
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)} (plain or with .gz)")
     arrays = {
-        key: read_idx(path, sha256=(sha256 or {}).get(PARTS[key]))
-        for key, path in found.items()
-        if path is not None
+        key: read_idx(path, sha256=(sha256 or {}).get(PARTS[key])) for key, path in found.items() if path is not None
     }
     for part in ("train", "test"):
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]

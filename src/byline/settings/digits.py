@@ -14,7 +14,7 @@ TRAIN, TEST = 1000, 200
 
 
 def load() -> tuple[TensorDataset, TensorDataset]:
-    """1000 training and 200 test digits, (64,) float32 in [0, 1], drawn at random from scikit-learn's 1797."""
+    """1000 training and 200 test digits, (64,) float32 in [0, 1], drawn from scikit-learn's 1797."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -39,7 +39,7 @@ def build() -> nn.Module:
 
 digits_mlp = Setting(
     name="digits-mlp",
-    description="1000 handwritten digits of 8×8 pixels (scikit-learn), a 64-64-32-10 network: the first minute.",
+    description="1000 handwritten digits, 8×8 pixels (scikit-learn), a 64-64-32-10 MLP: the first minute.",
     load=load,
     build=build,
     recipe=Recipe(lr=0.05, momentum=0.9, batch_size=50, epochs=30),

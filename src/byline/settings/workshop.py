@@ -19,6 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,7 @@ class Workshop:
             return _load(path)
         trainer = replace(self.setting.trainer(), recipe=recipe)
         # Small seeds; the bank derives large ones, so no model that votes is part of the ground truth.
-        done = trainer.many(
-            self.setting.train_set, None, list(range(count)), checkpoints=kept, progress=self.progress
-        )
+        done = trainer.many(self.setting.train_set, None, list(range(count)), checkpoints=kept, progress=self.progress)
         trained = [
             Trained(tuple(run.checkpoints[epoch] for epoch in kept) if kept else (run.state_dict,), run.cost)
             for run in done
@@ -168,13 +167,30 @@ class Workshop:
         return step / size * len(self.setting.train_set) * epochs
 
     def row(self, make: Callable[[], dict[str, Any]], **what: Any) -> dict[str, Any]:
-        """A finished row: found, or made and kept."""
-        path = self.folder / "rows" / f"{self.key(part='row', **what)}.json"
+        """A finished row: found, or made and kept.
+
+        Its name depends on the attribution's own code too: rows are quick to make beside models and bank, and a
+        figure that today's code would not give must not be shown as its result.
+        """
+        path = self.folder / "rows" / f"{self.key(part='row', code=_code(), **what)}.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
         made = make()
         save_json(path, made)
         return made
+
+
+@cache
+def _code() -> str:
+    """A hash of the source that decides scores, costs and LDS."""
+    package = Path(byline.__file__).parent
+    rooms = ("task.py", "batches.py", "ledger.py", "ensembles", "features", "store", "engines", "methods", "evaluate")
+    files = [file for room in rooms for file in (package / room, *sorted((package / room).glob("**/*.py")))]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def save_json(path: Path, data: Any) -> None:

@@ -128,9 +128,7 @@ def train_many(
         raise ValueError(f"batched=True, but this model cannot be trained stacked: {obstacle}")
     stacked = not obstacle if batched is None else batched
 
-    flops = {
-        size: _flops(build, task_loss, recipe, data, size, device) for size in {len(m[1]) for m in members}
-    }
+    flops = {size: _flops(build, task_loss, recipe, data, size, device) for size in {len(m[1]) for m in members}}
     runs: list[Run] = []
     with _advance(progress, len(members)) as advance:
         for chunk in _chunks(members, group if stacked else 1):
@@ -145,13 +143,9 @@ def train_many(
     return [runs[i] for i in np.argsort(order_of)]
 
 
-def train_one(
-    build: Build, train_set: Any, recipe: Recipe, *, task_loss: Loss, seed: int = 0, **options: Any
-) -> Run:
-    """Trains one model, not stacked: `train_many` with one seed and ``batched=False``; `options` are its own."""
-    return train_many(
-        build, train_set, recipe, task_loss=task_loss, seeds=[seed], **{"batched": False, **options}
-    )[0]
+def train_one(build: Build, train_set: Any, recipe: Recipe, *, task_loss: Loss, seed: int = 0, **options: Any) -> Run:
+    """Trains one model: `train_many` with one seed and ``batched=False``; `options` are its own."""
+    return train_many(build, train_set, recipe, task_loss=task_loss, seeds=[seed], **{"batched": False, **options})[0]
 
 
 @dataclass(frozen=True)
@@ -180,9 +174,7 @@ class Trainer:
         model.load_state_dict(self.many(train_set, None, [seed])[0].state_dict)
         return model.eval()
 
-    def many(
-        self, train_set: Any, subsets: Sequence[Any] | None, seeds: Sequence[int], **options: Any
-    ) -> list[Run]:
+    def many(self, train_set: Any, subsets: Sequence[Any] | None, seeds: Sequence[int], **options: Any) -> list[Run]:
         """A `Run` per seed, each on its subset; `options` are those of `train_many`."""
         options = {"group": self.group, "collate": self.collate, **options}
         return train_many(
@@ -196,7 +188,7 @@ class Trainer:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What decides the result, as JSON-able plain data: the recipe, the group and the parameters' shapes."""
+        """What decides the result, as JSON-able data: the recipe, the group and the parameters' shapes."""
         with _seeded(0, "cpu"):
             shapes = {name: list(tensor.shape) for name, tensor in self.build().named_parameters()}
         return {"recipe": self.recipe.to_dict(), "group": self.group, "parameters": shapes}
@@ -290,6 +282,7 @@ class _Trained:
     states: list[StateDict]
     checkpoints: dict[int, list[StateDict]]
     losses: Tensor  # (epochs, members)
+    per_epoch: int
     seconds: float
     wall: float
 
@@ -298,7 +291,7 @@ class _Trained:
         checkpoints = {epoch: states[i] for epoch, states in self.checkpoints.items()}
         cost = Cost(cost.flops, cost.seconds, cost.wall, size * max(1, len(checkpoints)))
         losses = tuple(self.losses[:, i].tolist())
-        return Run(seed, self.states[i], checkpoints, _rates(recipe, kept), losses, cost, batched)
+        return Run(seed, self.states[i], checkpoints, _rates(recipe, kept, self.per_epoch), losses, cost, batched)
 
 
 def _fit(
@@ -335,7 +328,12 @@ def _fit(
             checkpoints[epoch + 1] = models.states()
         advance(len(members) / recipe.epochs)
     return _Trained(
-        models.states(), checkpoints, history, time.process_time() - cpu, time.perf_counter() - wall
+        models.states(),
+        checkpoints,
+        history,
+        per_epoch,
+        time.process_time() - cpu,
+        time.perf_counter() - wall,
     )
 
 
@@ -349,9 +347,7 @@ def _members(seeds: list[int], subsets: Sequence[Any] | None, examples: int) -> 
     if subsets is None:
         return [(seed, torch.arange(examples)) for seed in seeds]
     if len(subsets) != len(seeds):
-        raise ValueError(
-            f"subsets: got {len(subsets)} subsets for {len(seeds)} seeds; expected one for each seed"
-        )
+        raise ValueError(f"subsets: got {len(subsets)} subsets for {len(seeds)} seeds; expected one for each seed")
     members = []
     for i, (seed, subset) in enumerate(zip(seeds, subsets, strict=True)):
         index = np.asarray(subset)
@@ -384,13 +380,12 @@ def _chunks(members: list[Member], group: int) -> Iterator[list[Member]]:
             yield [member for member in chunk if len(member[1]) == size]
 
 
-def _rates(recipe: Recipe, kept: list[int]) -> dict[int, float]:
-    """Epoch -> mean learning rate since the kept epoch before it, in epochs as the unit of time."""
-    fine = 100  # steps an epoch; the schedules are smooth, so the real number of steps hardly matters
-    every = [recipe.rate(step, recipe.epochs * fine) for step in range(recipe.epochs * fine)]
+def _rates(recipe: Recipe, kept: list[int], per_epoch: int) -> dict[int, float]:
+    """Epoch -> mean learning rate of the steps since the kept epoch before it; for 0 that of step one."""
+    every = [recipe.rate(step, recipe.epochs * per_epoch) for step in range(recipe.epochs * per_epoch)]
     rates, start = {}, 0
     for epoch in kept:
-        rates[epoch] = float(np.mean(every[start * fine : epoch * fine])) if epoch else recipe.lr
+        rates[epoch] = float(np.mean(every[start * per_epoch : epoch * per_epoch])) if epoch else recipe.lr
         start = epoch
     return rates
 
@@ -444,14 +439,12 @@ def _obstacle(build: Build, loss: Loss, data: Batch, device: Any) -> str | None:
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             return f"torch.func refuses it ({str(error).strip().splitlines()[0]})"
     if not torch.allclose(alone, together, rtol=1e-3, atol=1e-4, equal_nan=True):
-        return (
-            "stacked models give other losses than the models alone (state outside parameters and buffers?)"
-        )
+        return "stacked models give other losses than the models alone (state outside parameters and buffers?)"
     return None
 
 
 def _flops(build: Build, loss: Loss, recipe: Recipe, data: Batch, size: int, device: Any) -> float:
-    """FLOPs of training one model on this many examples: one plain step of each batch size, times their number."""
+    """FLOPs of training one model on this many examples: a plain step of each batch size, times their number."""
     model = _fresh(build, 0, device)
 
     def step(examples: int) -> int:

@@ -43,17 +43,13 @@ def fetch(dataset: Any, name: str, collate: Callable[[list[Any]], Batch] | None 
         batch = (collate or default_collate)(items)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"{name}: its {size} items do not stack into one batch ({error}); give a collate function that pads them"
+            f"{name}: its {size} items do not stack into one batch ({error}); collate= can pad them"
         ) from error
     batch = batches.map_tensors(batch, lambda tensor: tensor)  # mappings of every kind become dicts
     for leaf in tree_leaves(batch):
         if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0 or len(leaf) != size:
-            got = (
-                f"shape {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else f"a {type(leaf).__name__}"
-            )
-            raise ValueError(
-                f"{name}: a batch must hold tensors with a row for each of {size} examples; got {got}"
-            )
+            got = f"shape {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else f"a {type(leaf).__name__}"
+            raise ValueError(f"{name}: a batch must hold tensors with a row for each of {size} examples; got {got}")
     return batch
 
 

@@ -1,0 +1,35 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from architectures import BY_NAME, TEST, TRAIN, randomised
+
+import byline
+
+
+def build(name: str, seed: int = 0, train: int = TRAIN, test: int = TEST) -> SimpleNamespace:
+    """A case's model, examples and task."""
+    case = BY_NAME[name]
+    if case.needs and importlib.util.find_spec(case.needs) is None:
+        if os.environ.get("BYLINE_CI") == "1":
+            pytest.fail(f"{case.needs} is not installed, and BYLINE_CI=1 leaves nothing out")
+        pytest.skip(f"needs {case.needs}")
+    torch.manual_seed(seed)
+    model = randomised(case.model()).eval()
+    data = case.data(train + test)
+    task = byline.Task(model, output=case.output, params=case.params)
+    return SimpleNamespace(
+        case=case, model=model, train=data[:train], test=data[train:], task=task, selects=task.selects
+    )
+
+
+@pytest.fixture
+def quiet():
+    """Arguments that every attributor of the tests gets."""
+    return {"progress": False}
