@@ -106,8 +106,8 @@ def side(model: nn.Module, dataset: Any, values: Any, selects=lambda name: True,
             grads = torch.autograd.grad(value, chosen, allow_unused=True, retain_graph=True)
             row = [torch.zeros_like(p) if g is None else g for p, g in zip(chosen, grads, strict=True)]
             rows[key].append(torch.cat([g.flatten() for g in row]).numpy())
-        rows["q"].append(float(q))
-        rows["v"].append(float(f))
+        rows["q"].append(float(q.detach()))
+        rows["v"].append(float(f.detach()))
     return Side(np.stack(rows["f"]), np.stack(rows["l"]), np.array(rows["q"]), np.array(rows["v"]))
 
 

@@ -47,7 +47,7 @@ def test_scores_equal_per_example_autograd(name):
 @pytest.mark.parametrize("name", ["conv2d-groups", "embedding-padding", "tied-head", "functional", "gru"])
 @pytest.mark.parametrize(
     "features",
-    [byline.Dense(64, "gaussian"), byline.Factorized(64), byline.Factorized(64, "pca"), byline.Nystrom(5)],
+    [byline.Dense(6, "gaussian"), byline.Factorized(8), byline.Factorized(8, "pca"), byline.Nystrom(5)],
     ids=["dense", "random", "pca", "nystrom"],
 )
 def test_float64_models_work_with_every_feature(name, features):

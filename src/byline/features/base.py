@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 import torch
@@ -54,17 +54,19 @@ class Products:
     """Inner products of factors, kept where several members share the factors (raw inputs, units before a mask).
 
     Args:
+        shared: digests of the stored arrays that several members have; only their products are kept.
         limit: bytes that may be kept.
     """
 
-    def __init__(self, limit: int = 2**30):
+    def __init__(self, shared: Set[str] = frozenset(), limit: int = 2**30):
+        self.shared = shared
         self.limit = limit
         self.used = 0
         self._kept: dict[tuple[str, str], Tensor] = {}
 
     def __call__(self, a: Tensor, b: Tensor, keys: tuple[str, str] | None) -> Tensor:
         """``a @ b.T``, from the cache where ``keys`` names the content of both."""
-        if keys is None:
+        if keys is None or keys[1].partition("/")[0] not in self.shared:
             return a @ b.T
         found = self._kept.get(keys)
         if found is None:

@@ -51,7 +51,7 @@ class Exact(Features):
 
     def kernel(self, a: Rows, b: Rows, products: Products | None = None) -> Tensor:
         """(A, B) inner products of full gradients."""
-        products = products or Products(0)
+        products = products or Products()
         total: Tensor | None = None
         for name, x in a.items():
             block, _, part = name.rpartition(":")

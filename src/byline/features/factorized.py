@@ -1,6 +1,6 @@
 """FACTORIZED features: project each layer's inputs and output gradients before their product is formed.
 
-For ``∇W = Σ_t g_t ⊗ x_t``: ``row = Σ_t (g_t A) ⊗ (x_t B)`` with A (o, o') and B (i, i') (LoGra, Choe et al. 2024; GraSS).
+For ``∇W = Σ_t g_t ⊗ x_t``: ``row = Σ_t (g_t A) ⊗ (x_t B)`` with A (o, o') and B (i, i') (LoGra, Choe et al. 2024).
 With ``basis="random"`` A and B are Gaussian and unbiased; with ``basis="pca"`` they are the leading directions of
 the layer's gradients and inputs on the training set, and of all pairs of directions, over all layers, those with the
 largest products of eigenvalues are kept (the K-FAC eigenbasis, Martens & Grosse 2015; George et al. 2018).

@@ -119,7 +119,7 @@ class Attributor(ABC):
         if isinstance(train_set, DataLoader) and self.collate is default_collate:
             self.collate = train_set.collate_fn or default_collate
         self._check_model()
-        with _phase(self.ledger, "fitting"):
+        with phase(self.ledger, "fitting"):
             self.store.claim(
                 {
                     "task": self.task.fingerprint(),
@@ -156,11 +156,11 @@ class Attributor(ABC):
         folder = None if self.store.path is None else self.store.path / "scores"
         mean = RunningMean(lambda: matrix(shape, _IN_MEMORY, folder), self._with_residuals)
         with (
-            _phase(self.ledger, "serving"),
+            phase(self.ledger, "serving"),
             bar(len(self._voters) * len(job.spans()), "scores", self.progress) as advance,
         ):
-            self._products = Products()
             shared = self._shared()
+            self._products = Products(shared)
             for voter in self._voters:
                 scorer = self._scorer(voter)
                 mean.begin(voter.weight, voter.residual)
@@ -176,10 +176,10 @@ class Attributor(ABC):
         self._check_fitted()
         mean = RunningMean(lambda: np.zeros((1, self.n_train_), np.float32), self._with_residuals)
         with (
-            _phase(self.ledger, "serving"),
+            phase(self.ledger, "serving"),
             bar(len(self._voters), "self-influence", self.progress) as advance,
         ):
-            self._products = Products()
+            self._products = Products(self._shared())
             for voter in self._voters:
                 mean.begin(voter.weight, voter.residual)
                 mean.add(0, 1, self._self(voter).unsqueeze(0))
@@ -326,7 +326,7 @@ class Attributor(ABC):
         for name, module in self.task.model.named_modules():
             if module.training:
                 raise ValueError(
-                    f"the model is in train mode{f' (in {name})' if name else ''}; expected model.eval() before attribution"
+                    f"the model is in train mode{f' (in {name})' if name else ''}; call model.eval() before attribution"
                 )
         self.ensemble.validate(self.task.model)
         for weights in {id(m.weights): m.weights for m in self.ensemble.members()}.values():
@@ -337,7 +337,7 @@ class Attributor(ABC):
             raise RuntimeError(f"this {type(self).__name__} is not fitted; call fit(train_set) first")
 
 
-class _phase:
+class phase:
     """A ledger's phase, or nothing without a ledger."""
 
     def __init__(self, ledger: Ledger | None, phase: str):

@@ -23,13 +23,14 @@ class BankRecipe:
     Attributes:
         subsets: Number of random training subsets.
         fraction: Their size, as a share of the training set.
-        seeds: Models trained on each.
+        seeds: Models trained on each. Four halve the noise that two leave: what two models of one subset share says
+            more of the data the more of them are averaged.
         seed: What the subsets and the models' seeds are drawn from.
     """
 
     subsets: int = 50
     fraction: float = 0.5
-    seeds: int = 2
+    seeds: int = 4
     seed: int = 0
 
 

@@ -245,8 +245,8 @@ def _notes(setting: Setting, bank: BankRecipe, quick: bool) -> list[str]:
         "Seconds are those of this machine while it ran. Models trained side by side share their time, so a model's "
         "seconds depend on how many were; its FLOPs do not.",
         "Intervals are bootstrapped over subsets and test examples, each row by itself.",
-        "Serving: the whole test set once, divided by its size. Matrix factorisations done once in such a pass are "
-        "in the seconds, not in the FLOPs.",
+        "Fitting: features of the training set, its kernel and the factorisation of that, once. Serving: the whole "
+        "test set once, divided by its size.",
         "Space: the weights of trained models, adapters and checkpoints, and the features kept for serving.",
         "Mask rates and noise scales are the library's defaults; they were chosen on fashion-mlp with its "
         "ground truth at hand, so that setting flatters them a little.",

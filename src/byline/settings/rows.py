@@ -62,15 +62,20 @@ ADAPTERS = {"rank": 8, "epochs": 3, "lr": 1e-3}
 
 FULL: tuple[Row, ...] = (
     Row("independent", 1),
+    Row("independent", 2),
     Row("independent", 5),
+    Row("independent", 10),
     Row("independent", 25),
     Row("dropout", 1, 10, ONE),
+    Row("dropout", 1, 30, ONE),
     Row("dropout", 5, 10, MANY),
     Row("forward-only", 1, 10, ONE),
     Row("forward-only", 5, 10, MANY),
     Row("lora", 1, 4, ADAPTERS),
     Row("lora", 5, 4, ADAPTERS),
     Row("weight noise", 1, 10, {"scale": 0.6}),
+    Row("trajectory", 1, 3),
+    Row("trajectory", 1, 5),
     Row("trajectory", 1, 10),
 )
 

@@ -9,8 +9,8 @@ Layout of a store::
     arrays/output/<id>            (N,) the output of each training example
 
 ``<id>`` is a hash of a member's weights and changes; factors that several members share (raw inputs, units before a
-mask) are kept by the first and referred to by the others. So the order of an ensemble does not matter, and new members find
-the old ones' work.
+mask) are kept by the first and referred to by the others. So the order of an ensemble does not matter, and new
+members find the old ones' work.
 """
 
 from __future__ import annotations
@@ -173,9 +173,14 @@ class Store:
         array = value.detach().cpu().numpy()
         shape = array.shape or (1,)
         made = self.group.create_array(
-            name, shape=shape, dtype=array.dtype, chunks=tuple(max(1, s) for s in shape), overwrite=True, compressors=[Crc32cCodec()],
+            name,
+            shape=shape,
+            dtype=array.dtype,
+            chunks=tuple(max(1, s) for s in shape),
+            overwrite=True,
+            compressors=[Crc32cCodec()],
             attributes={"scalar": not array.shape},
-        )  # fmt: skip
+        )
         made[:] = array.reshape(shape)
 
     def _get(self, name: str) -> Tensor:
