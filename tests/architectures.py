@@ -124,7 +124,12 @@ def over_tokens(x):
 def conv(**arguments):
     """Channels 4 -> 8 in the middle."""
     return lambda: Net(
-        nn.Conv2d(2, 4, 3, padding=1), torch.tanh, nn.Conv2d(4, 8, **arguments), torch.tanh, pooled, nn.Linear(8, 3)
+        nn.Conv2d(2, 4, 3, padding=1),
+        torch.tanh,
+        nn.Conv2d(4, 8, **arguments),
+        torch.tanh,
+        pooled,
+        nn.Linear(8, 3),
     )
 
 
@@ -280,7 +285,12 @@ class InPlace(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.bn, self.b, self.c = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5), nn.Linear(5, 3)
+        self.a, self.bn, self.b, self.c = (
+            nn.Conv2d(2, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Linear(4, 5),
+            nn.Linear(5, 3),
+        )
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x):
@@ -388,32 +398,84 @@ CASES = [
     Case("tokens-mlp", lambda: Net(nn.Linear(4, 5), torch.tanh, nn.Linear(5, 3), over_tokens), arrays(7, 4)),
     Case(
         "conv1d",
-        lambda: Net(nn.Conv1d(2, 4, 3, stride=2, padding=1), torch.tanh, nn.Conv1d(4, 6, 2, dilation=2, groups=2), pooled, nn.Linear(6, 3)),
+        lambda: Net(
+            nn.Conv1d(2, 4, 3, stride=2, padding=1),
+            torch.tanh,
+            nn.Conv1d(4, 6, 2, dilation=2, groups=2),
+            pooled,
+            nn.Linear(6, 3),
+        ),
         arrays(2, 11),
     ),
-    Case("conv1d-same-circular", lambda: Net(nn.Conv1d(2, 4, 4, padding="same", padding_mode="circular"), torch.tanh, pooled, nn.Linear(4, 3)), arrays(2, 9)),
-    Case("conv2d-stride-dilation", conv(kernel_size=(3, 2), stride=(2, 1), dilation=(1, 2), padding=(2, 1)), arrays(2, 7, 6)),
+    Case(
+        "conv1d-same-circular",
+        lambda: Net(nn.Conv1d(2, 4, 4, padding="same", padding_mode="circular"), torch.tanh, pooled, nn.Linear(4, 3)),
+        arrays(2, 9),
+    ),
+    Case(
+        "conv2d-stride-dilation",
+        conv(kernel_size=(3, 2), stride=(2, 1), dilation=(1, 2), padding=(2, 1)),
+        arrays(2, 7, 6),
+    ),
     Case("conv2d-groups", conv(kernel_size=3, groups=2, padding=1), arrays(2, 6, 5, form="dict")),
     Case("conv2d-depthwise", conv(kernel_size=3, groups=4, bias=False), arrays(2, 6, 5)),
     Case("conv2d-circular", conv(kernel_size=3, padding=(2, 1), padding_mode="circular"), arrays(2, 5, 6)),
     Case("conv2d-reflect", conv(kernel_size=3, padding=(2, 1), padding_mode="reflect"), arrays(2, 5, 6)),
-    Case("conv2d-replicate-groups", conv(kernel_size=3, padding=2, padding_mode="replicate", groups=2, stride=2), arrays(2, 5, 6)),
+    Case(
+        "conv2d-replicate-groups",
+        conv(kernel_size=3, padding=2, padding_mode="replicate", groups=2, stride=2),
+        arrays(2, 5, 6),
+    ),
     Case("conv2d-same", conv(kernel_size=(4, 3), padding="same", dilation=(1, 2)), arrays(2, 6, 6)),
     Case("conv2d-valid", conv(kernel_size=2, padding="valid"), arrays(2, 6, 6)),
     Case("conv2d-1x1-large-map", lambda: Net(nn.Conv2d(2, 3, 1), torch.tanh, pooled, nn.Linear(3, 3)), arrays(2, 9, 9)),
     Case("conv3d", lambda: Net(nn.Conv3d(1, 2, 2), torch.tanh, pooled, nn.Linear(2, 3)), arrays(1, 3, 4, 3)),
-    Case("conv-transpose", lambda: Net(nn.ConvTranspose2d(2, 4, 3, stride=2), torch.tanh, pooled, nn.Linear(4, 3)), arrays(2, 4, 4)),
-    Case("embedding-padding", lambda: Net(nn.Embedding(11, 6, padding_idx=2), over_tokens, torch.tanh, nn.Linear(6, 3)), ids()),
-    Case("embedding-long", lambda: Net(nn.Embedding(4, 3), over_tokens, torch.tanh, nn.Linear(3, 3)), ids(12, 4, form="dict")),
-    Case("embedding-by-frequency", lambda: Net(nn.Embedding(4, 3, scale_grad_by_freq=True), over_tokens, nn.Linear(3, 3)), ids(6, 4)),
-    Case("layer-norm", lambda: Net(nn.Linear(4, 6), nn.LayerNorm(6), torch.tanh, nn.Linear(6, 3), over_tokens), arrays(5, 4)),
+    Case(
+        "conv-transpose",
+        lambda: Net(nn.ConvTranspose2d(2, 4, 3, stride=2), torch.tanh, pooled, nn.Linear(4, 3)),
+        arrays(2, 4, 4),
+    ),
+    Case(
+        "embedding-padding",
+        lambda: Net(nn.Embedding(11, 6, padding_idx=2), over_tokens, torch.tanh, nn.Linear(6, 3)),
+        ids(),
+    ),
+    Case(
+        "embedding-long",
+        lambda: Net(nn.Embedding(4, 3), over_tokens, torch.tanh, nn.Linear(3, 3)),
+        ids(12, 4, form="dict"),
+    ),
+    Case(
+        "embedding-by-frequency",
+        lambda: Net(nn.Embedding(4, 3, scale_grad_by_freq=True), over_tokens, nn.Linear(3, 3)),
+        ids(6, 4),
+    ),
+    Case(
+        "layer-norm",
+        lambda: Net(nn.Linear(4, 6), nn.LayerNorm(6), torch.tanh, nn.Linear(6, 3), over_tokens),
+        arrays(5, 4),
+    ),
     Case("layer-norm-2d", lambda: Net(nn.LayerNorm((5, 4)), torch.tanh, flat, nn.Linear(20, 3)), arrays(5, 4)),
-    Case("group-norm", lambda: Net(nn.Conv2d(2, 6, 3), nn.GroupNorm(3, 6), torch.tanh, pooled, nn.Linear(6, 3)), arrays(2, 5, 5)),
-    Case("rms-norm", lambda: Net(nn.Linear(4, 6), nn.RMSNorm(6), torch.tanh, nn.Linear(6, 3), over_tokens), arrays(5, 4)),
+    Case(
+        "group-norm",
+        lambda: Net(nn.Conv2d(2, 6, 3), nn.GroupNorm(3, 6), torch.tanh, pooled, nn.Linear(6, 3)),
+        arrays(2, 5, 5),
+    ),
+    Case(
+        "rms-norm", lambda: Net(nn.Linear(4, 6), nn.RMSNorm(6), torch.tanh, nn.Linear(6, 3), over_tokens), arrays(5, 4)
+    ),
     Case("rms-norm-eps", lambda: Net(nn.RMSNorm((5, 4), eps=0.1), flat, nn.Linear(20, 3)), arrays(5, 4)),
-    Case("instance-norm", lambda: Net(nn.InstanceNorm2d(2, affine=True), torch.tanh, pooled, nn.Linear(2, 3)), arrays(2, 5, 5)),
+    Case(
+        "instance-norm",
+        lambda: Net(nn.InstanceNorm2d(2, affine=True), torch.tanh, pooled, nn.Linear(2, 3)),
+        arrays(2, 5, 5),
+    ),
     Case("batch-norm", lambda: Net(nn.Linear(6, 5), nn.BatchNorm1d(5), torch.tanh, nn.Linear(5, 3)), vectors()),
-    Case("batch-norm-2d", lambda: Net(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), torch.relu, pooled, nn.Linear(4, 3)), arrays(2, 5, 5)),
+    Case(
+        "batch-norm-2d",
+        lambda: Net(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), torch.relu, pooled, nn.Linear(4, 3)),
+        arrays(2, 5, 5),
+    ),
     Case("batch-norm-3d-input", lambda: Net(nn.BatchNorm1d(2), torch.tanh, flat, nn.Linear(14, 3)), arrays(2, 7)),
     Case("conv1d-of-transformers", conv1d_of_transformers, vectors(), needs="transformers"),
     Case("gpt2-labels", gpt2, padded(), "language-modeling", needs="transformers"),
@@ -432,17 +494,40 @@ CASES = [
     Case("sequence-first", SequenceFirst, arrays(3, 4)),
     Case("functional", Functional, vectors()),
     Case("subclass", lambda: Net(MyLinear(6, 5), torch.tanh, nn.Linear(5, 3)), vectors()),
-    Case("weight-norm", lambda: Net(parametrizations.weight_norm(nn.Linear(6, 5)), torch.tanh, nn.Linear(5, 3)), vectors()),
+    Case(
+        "weight-norm",
+        lambda: Net(parametrizations.weight_norm(nn.Linear(6, 5)), torch.tanh, nn.Linear(5, 3)),
+        vectors(),
+    ),
     Case("in-place", InPlace, arrays(2, 5, 5)),
     Case("unused", Unused, vectors()),
     Case("frozen", lambda: frozen(Twice(), "b.weight", "c.bias"), vectors()),
-    Case("frozen-biases", lambda: frozen(conv(kernel_size=3, groups=2)(), "parts.0.bias", "parts.1.weight"), arrays(2, 6, 6)),
-    Case("params-filter", lambda: Net(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), torch.tanh, pooled, nn.Linear(4, 3)), arrays(2, 5, 5), params=["parts.1.*", "*.2.weight"]),
+    Case(
+        "frozen-biases",
+        lambda: frozen(conv(kernel_size=3, groups=2)(), "parts.0.bias", "parts.1.weight"),
+        arrays(2, 6, 6),
+    ),
+    Case(
+        "params-filter",
+        lambda: Net(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), torch.tanh, pooled, nn.Linear(4, 3)),
+        arrays(2, 5, 5),
+        params=["parts.1.*", "*.2.weight"],
+    ),
     Case("two-inputs", MultiInput, two_inputs("tuple")),
     Case("two-inputs-dict", MultiInput, two_inputs("dict")),
-    Case("regression", lambda: Net(nn.Linear(6, 5), torch.tanh, nn.Linear(5, 1)), lambda n: [(torch.randn(6), torch.randn(())) for _ in range(n)], "regression"),
-    Case("regression-column-dict", lambda: Net(nn.Linear(6, 5), torch.tanh, nn.Linear(5, 1)), lambda n: [{"x": torch.randn(6), "labels": torch.randn(1)} for _ in range(n)], "regression"),
+    Case(
+        "regression",
+        lambda: Net(nn.Linear(6, 5), torch.tanh, nn.Linear(5, 1)),
+        lambda n: [(torch.randn(6), torch.randn(())) for _ in range(n)],
+        "regression",
+    ),
+    Case(
+        "regression-column-dict",
+        lambda: Net(nn.Linear(6, 5), torch.tanh, nn.Linear(5, 1)),
+        lambda n: [{"x": torch.randn(6), "labels": torch.randn(1)} for _ in range(n)],
+        "regression",
+    ),
     Case("sorts-its-batch", SortedByKey, sorted_at_first),
     Case("experts", Experts, one_expert_at_first),
-]  # fmt: skip
+]
 BY_NAME = {case.name: case for case in CASES}

@@ -8,9 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from architectures import BY_NAME, TEST, TRAIN, randomised
 
 import byline
+from architectures import BY_NAME, TEST, TRAIN, randomised
+
+# the models are tiny: threads cost more than they bring
+torch.set_num_threads(1)
 
 
 def build(name: str, seed: int = 0, train: int = TRAIN, test: int = TEST) -> SimpleNamespace:
@@ -27,9 +30,3 @@ def build(name: str, seed: int = 0, train: int = TRAIN, test: int = TEST) -> Sim
     return SimpleNamespace(
         case=case, model=model, train=data[:train], test=data[train:], task=task, selects=task.selects
     )
-
-
-@pytest.fixture
-def quiet():
-    """Arguments that every attributor of the tests gets."""
-    return {"progress": False}

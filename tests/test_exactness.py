@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pytest
-import reference as ref
 import torch
-from architectures import CASES, Net, arrays, padded, vectors
-from conftest import build
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import byline
+import reference as ref
+from architectures import CASES, Net, arrays, padded, vectors
+from conftest import build
 
 METHODS = {"TRAK": byline.TRAK, "GradDot": byline.GradDot, "GradCos": byline.GradCos}
 
@@ -36,9 +36,7 @@ def test_scores_equal_per_example_autograd(name):
     test, train = sides(made)
     before = {k: v.clone() for k, v in made.model.state_dict().items()}
     for method, kind in METHODS.items():
-        attributor = kind(
-            made.task, byline.Independent([made.model]), damping=0.3, batch_size=7, progress=False
-        )
+        attributor = kind(made.task, byline.Independent([made.model]), damping=0.3, batch_size=7, progress=False)
         scores = attributor.fit(made.train).attribute(made.test)
         ref.assert_close(scores.values, expected(method, test, train))
     assert all(torch.equal(v, before[k]) for k, v in made.model.state_dict().items()), "the model was changed"
@@ -122,9 +120,7 @@ def test_callable_output_that_calls_the_model_twice_or_only_a_part_of_it():
     for output in (contrast, hidden):
         task = byline.Task(made.model, output=output)
         scores = byline.GradDot(task, byline.Independent([made.model]), progress=False).fit(made.train)
-        ref.assert_close(
-            scores.attribute(made.test).values, ref.graddot(*sides(made, ref.called(output))), 1e-4
-        )
+        ref.assert_close(scores.attribute(made.test).values, ref.graddot(*sides(made, ref.called(output))), 1e-4)
 
 
 def test_language_modeling_shifts_a_lone_tensor_of_ids():
@@ -162,7 +158,12 @@ def test_batches_padded_to_different_lengths(features):
     data += [(torch.randint(11, (8,)), torch.randint(11, (8,)))]
     features = byline.Nystrom(len(data)) if isinstance(features, byline.Nystrom) else features
     attributor = byline.GradDot(
-        made.task, byline.Independent([made.model]), features=features, collate=ragged, batch_size=3, progress=False
+        made.task,
+        byline.Independent([made.model]),
+        features=features,
+        collate=ragged,
+        batch_size=3,
+        progress=False,
     ).fit(data)
     side = ref.side(made.model, data, ref.language_modeling)
     ref.assert_close(attributor.attribute(data).values, ref.graddot(side, side), 2e-3)
@@ -272,7 +273,7 @@ def test_the_sign_training_on_a_proponent_pushes_the_output_up():
 def test_batchencoding_and_model_output():
     transformers = pytest.importorskip("transformers")
     made = build("gpt2-labels")
-    data = [transformers.BatchEncoding({k: v for k, v in item.items()}) for item in padded()(6)]
+    data = [transformers.BatchEncoding(dict(item.items())) for item in padded()(6)]
     attributor = byline.TRAK(made.task, byline.Independent([made.model]), damping=0.3, progress=False).fit(data)
     plain = [dict(item) for item in data]
     side = ref.side(made.model, plain, ref.language_modeling)

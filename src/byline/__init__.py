@@ -14,7 +14,7 @@ from byline.ledger import Ledger
 from byline.methods import TRAK, GradCos, GradDot, TracIn
 from byline.scores import Scores
 from byline.task import Task
-from byline.training import Recipe, train_many
+from byline.training import Recipe, Trainer, train_many
 
 __version__ = _version("byline")
 
@@ -37,6 +37,7 @@ __all__ = [
     "Scores",
     "Task",
     "TracIn",
+    "Trainer",
     "Trajectory",
     "WeightNoise",
     "lds",

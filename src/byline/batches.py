@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, SequentialSampler, TensorDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler, TensorDataset, default_collate
 
 Batch = Any
 
@@ -82,7 +82,7 @@ def as_dataset(data: Any, name: str) -> Any:
                 "expected a map-style dataset, whose order is fixed"
             )
         data = data.dataset
-    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise TypeError(
             f"{name} is a {type(data).__name__} without __len__ and __getitem__; "
             "expected a map-style torch Dataset, whose length and order are fixed"
@@ -93,7 +93,7 @@ def as_dataset(data: Any, name: str) -> Any:
         raise TypeError(f"{name} ({type(data).__name__}) has no length: {error}") from error
     if length == 0:
         raise ValueError(f"{name} is empty; expected at least one example")
-    if not isinstance(data, TensorDataset):
+    if not _holds_tensors(data):
         for index in sorted({0, length // 2, length - 1}):
             if digest_of(data[index]) != digest_of(data[index]):
                 raise ValueError(
@@ -103,9 +103,14 @@ def as_dataset(data: Any, name: str) -> Any:
     return data
 
 
+def _holds_tensors(dataset: Any) -> bool:
+    """Whether a dataset's items are rows of its tensors: a subclass may have a ``__getitem__`` of its own."""
+    return isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__
+
+
 def gather(dataset: Any, indices: list[int], collate: Callable[[list[Any]], Batch] = default_collate) -> Batch:
     """The examples at these indices, collated."""
-    if isinstance(dataset, TensorDataset):
+    if _holds_tensors(dataset) and collate is default_collate:
         return tuple(t[indices] for t in dataset.tensors)
     items = dataset.__getitems__(indices) if hasattr(dataset, "__getitems__") else [dataset[i] for i in indices]
     if isinstance(items[0], Mapping) and type(items[0]) is not dict:
@@ -115,7 +120,7 @@ def gather(dataset: Any, indices: list[int], collate: Callable[[list[Any]], Batc
 
 def fetch(dataset: Any, start: int, stop: int) -> Batch:
     """Examples ``start`` to ``stop``, collated; without copying where the dataset holds tensors."""
-    if isinstance(dataset, TensorDataset):
+    if _holds_tensors(dataset):
         return tuple(t[start:stop] for t in dataset.tensors)
     return gather(dataset, list(range(start, stop)))
 
@@ -128,7 +133,7 @@ def spans(length: int, batch_size: int) -> list[tuple[int, int]]:
 def fingerprint(dataset: Any) -> str:
     """SHA-256 over the content of every example, independent of the batch size."""
     digest = hashlib.sha256(str(len(dataset)).encode())
-    if isinstance(dataset, TensorDataset):
+    if _holds_tensors(dataset):
         for tensor in dataset.tensors:
             _update(digest, tensor)
     else:

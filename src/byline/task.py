@@ -89,7 +89,7 @@ class Task:
         self._output = _NAMED[output]() if isinstance(output, str) else _Called(output, loss, residual)
         self._loss = loss
         self._residual = residual
-        self._params = params
+        self._params = params if params is None or callable(params) or isinstance(params, str) else list(params)
 
     def output(self, model: nn.Module, batch: Batch) -> Tensor:
         """The attributed output of each example, (B,)."""
@@ -118,7 +118,7 @@ class Task:
         """
         value, residual = self._output.both(model, batch, of)
         if of == "loss" and self._loss is not None:
-            value = -self._loss(model, batch)
+            value = -_column(self._loss(model, batch), batch, "loss")
         value = _column(value, batch, of)
         if self._residual is not None:
             residual = self.residual(model, batch)
@@ -135,7 +135,7 @@ class Task:
             return True
         if callable(self._params):
             return bool(self._params(name))
-        patterns = [self._params] if isinstance(self._params, str) else list(self._params)
+        patterns = [self._params] if isinstance(self._params, str) else self._params
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
     def fingerprint(self) -> dict[str, str]:

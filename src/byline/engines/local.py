@@ -135,7 +135,7 @@ def _write(
             size = stop - start
             if copies > 1:
                 batch = batches.tile(batch, copies)
-            value, residual, blocks = _checked(job, capture, batch, start, size)
+            value, residual, blocks = _checked(job, capture, batch, range(start, stop))
             if start == 0 and job.ledger is not None:
                 job.ledger.add_flops("fitting", _row_flops(job, capture, batch, states[0]) * n / size)
             values[:, start:stop] = value.view(copies, size)
@@ -150,8 +150,8 @@ def _write(
         store.put_vector(job.of, identity, values[copy], member.name)
 
 
-def _checked(job: Job, capture: Capture, batch: Any, start: int, size: int) -> tuple[Tensor, Tensor, dict[str, Block]]:
-    with naming(job.name, start, size):
+def _checked(job: Job, capture: Capture, batch: Any, indices: Sequence[int]) -> tuple[Tensor, Tensor, dict[str, Block]]:
+    with naming(job.name, indices):
         value, residual, blocks = capture(batch, job.of)
     total = sum(float(b.grad.sum() if isinstance(b, Flat) else b.right.sum()) for b in blocks.values())
     total += sum(float(b.left.sum()) for b in blocks.values() if isinstance(b, Outer))
@@ -159,9 +159,9 @@ def _checked(job: Job, capture: Capture, batch: Any, start: int, size: int) -> t
     if total != total or total in (float("inf"), float("-inf")):
         finite = torch.stack([is_finite(b) for b in blocks.values()] + [value.isfinite(), residual.isfinite()]).all(0)
         if not finite.all():
-            position = int((~finite).nonzero()[0, 0]) % size
+            position = indices[int((~finite).nonzero()[0, 0]) % len(indices)]
             raise ValueError(
-                f"{job.name}[{start + position}] has a NaN or infinite gradient or output; expected finite numbers "
+                f"{job.name}[{position}] has a NaN or infinite gradient or output; expected finite numbers "
                 "(check that example, and the checkpoint's weights)"
             )
     return value, residual, blocks
@@ -197,8 +197,7 @@ def learn(job: Job, member: Member, store: Store, bench: Workbench) -> State:
             for start, stop in batches.spans(len(chosen), job.batch_size):
                 part = chosen[start:stop]
                 batch = batches.to(batches.gather(job.dataset, part, job.collate), bench.device)
-                with naming(job.name, part[0], n):
-                    yield capture(batch, job.of)[2]
+                yield _checked(job, capture, batch, part)[2]
 
     state = job.features.learn(passes, n)
     store.put_state(key, state)
@@ -216,7 +215,7 @@ def _write_residuals(job: Job, members: Sequence[Member], store: Store, bench: W
             with bench.active(member, "residual") as active:
                 for start, stop in job.spans():
                     batch = job.batch(start, stop, bench.device)
-                    with naming(job.name, start, stop - start):
+                    with naming(job.name, range(start, stop)):
                         residuals[start:stop] = job.task.residual(active.model, batch)
                     if start == 0 and job.ledger is not None:
                         flops = count_flops(partial(job.task.residual, active.model, batch))
@@ -234,7 +233,7 @@ def stream_rows(job: Job, member: Member, state: State, bench: Workbench) -> Ite
         capture = active.capture(job.of)
         for start, stop in job.spans():
             batch = job.batch(start, stop, bench.device)
-            _, _, blocks = _checked(job, capture, batch, start, stop - start)
+            _, _, blocks = _checked(job, capture, batch, range(start, stop))
             if start == 0 and job.ledger is not None:
                 job.ledger.add_flops(
                     "serving", _row_flops(job, capture, batch, state) * len(job.dataset) / (stop - start)

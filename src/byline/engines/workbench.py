@@ -96,7 +96,8 @@ class Workbench:
                 )
                 key = (kinds, of, tuple(params))
                 if key not in self._fallback:
-                    made = calibrate(self.task, model, params, self.probe, of)
+                    with naming("train_set", range(self.examples)):
+                        made = calibrate(self.task, model, params, self.probe, of)
                     self._fallback[key] = (made.fallback, made.vectorised)
                 capture = Capture(self.task, model, params, self._fallback[key][0])
                 capture.vectorised = self._fallback[key][1]
@@ -107,7 +108,7 @@ class Workbench:
     def _located(self, changes: Sequence[Change]) -> Sites:
         kinds = tuple(type(change).__name__ for change in changes if not isinstance(change, MaskChange))
         if kinds not in self._sites:
-            with ExitStack() as stack:
+            with ExitStack() as stack, naming("train_set", range(self.examples)):
                 model = self.model
                 for change in changes:
                     if not isinstance(change, MaskChange):
@@ -121,9 +122,9 @@ class Workbench:
 
 
 @contextmanager
-def naming(dataset_name: str, start: int, length: int) -> Iterator[None]:
+def naming(dataset_name: str, indices: Sequence[int]) -> Iterator[None]:
     """Say which example of the dataset a problem in a batch belongs to."""
     try:
         yield
     except ExampleError as error:
-        raise ValueError(f"{dataset_name}[{start + error.position % length}]: {error.problem}") from None
+        raise ValueError(f"{dataset_name}[{indices[error.position % len(indices)]}]: {error.problem}") from None

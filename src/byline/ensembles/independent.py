@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -26,7 +27,7 @@ class Independent(Ensemble):
     kind = "independent"
 
     def __init__(self, checkpoints: Any):
-        if isinstance(checkpoints, nn.Module | Mapping | str):
+        if isinstance(checkpoints, nn.Module | Mapping | str | Path):
             raise TypeError("checkpoints is one checkpoint; expected a list of them, as in Independent([checkpoint])")
         self.weights = [Weights(source, f"checkpoint {i}") for i, source in enumerate(checkpoints)]
         if not self.weights:

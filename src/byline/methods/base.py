@@ -136,9 +136,13 @@ class Attributor(ABC):
 
     def add_members(self, ensemble: Ensemble) -> Attributor:
         """Add members to a fitted attributor; only theirs is computed."""
-        self.ensemble = self.ensemble + ensemble
-        self._check_members(self.ensemble.members())
-        return self if self._train_set is None else self.fit(self._train_set)
+        before, self.ensemble = self.ensemble, self.ensemble + ensemble
+        try:
+            self._check_members(self.ensemble.members())
+            return self if self._train_set is None else self.fit(self._train_set)
+        except Exception:
+            self.ensemble = before
+            raise
 
     def attribute(self, test_set: Any) -> Scores:
         """Score every training example for every test example.

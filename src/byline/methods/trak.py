@@ -57,10 +57,10 @@ class TRAK(Attributor):
 
     def _factor(self, voter: Voter) -> tuple[Tensor, float]:
         """Cholesky factor of the damped matrix and its λ; the last ones used are kept, up to a gigabyte."""
-        name = voter.member.name
-        if name in self._factors:
-            self._factors.move_to_end(name)
-            return self._factors[name]
+        name, key = voter.member.name, voter.member.identity("gradient")  # joined ensembles repeat names
+        if key in self._factors:
+            self._factors.move_to_end(key)
+            return self._factors[key]
         with phase(self.ledger, "fitting"):
             stored, n = self._stored(voter), self.n_train_
             primal_form = self._in_primal(voter)
@@ -71,7 +71,7 @@ class TRAK(Attributor):
             if self.ledger is not None:
                 product = 2 * n * stored.columns**2 if primal_form else n**2 * stored.columns
                 self.ledger.add_flops("fitting", product + len(factor) ** 3 / 3)
-        self._factors[name] = factor, ridge
+        self._factors[key] = factor, ridge
         while len(self._factors) > 1 and sum(8 * f.numel() for f, _ in self._factors.values()) > _KEPT:
             self._factors.popitem(last=False)
         return factor, ridge
@@ -89,7 +89,7 @@ class TRAK(Attributor):
         def in_primal(rows: Rows) -> Tensor:
             count(rows["rows"])
             solved = torch.cholesky_solve(rows["rows"].double().T, factor).float()
-            return torch.cat([stored.read(a, b)["rows"] @ solved for a, b in self._chunks(stored)]).T
+            return torch.cat([stored.read(a, b)["rows"].to(solved) @ solved for a, b in self._chunks(stored)]).T
 
         def in_dual(rows: Rows) -> Tensor:
             cross = self._cross(rows, stored)

@@ -81,7 +81,7 @@ class Store:
     def _read(file: Path) -> Manifest:
         try:
             content = json.loads(file.read_text())
-            found = content["format"]
+            found = int(content["format"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"store {file.parent} has an unreadable manifest.json: {error}") from error
         if found > FORMAT:

@@ -1,0 +1,416 @@
+"""byline beside traker and dattri: the same checkpoints, batches and ground truth, in one run on fashion-mlp.
+
+Every contestant runs in a process of its own, one after the other: seconds to fit (features of the training set
+and whatever is solved for there), seconds to score the test set, peak memory, and the LDS of its scores against
+the same bank of retrained models. Peers run with their CPU defaults, through their documented interface.
+
+Setup of the peers, once, in an environment that shares this one's torch (`--setup` does just this):
+
+    python -m venv .venv-peers
+    python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \\
+        > .venv-peers/lib/python3.*/site-packages/shared.pth
+    .venv-peers/bin/pip install --no-deps traker==0.3.2 dattri==0.3.0
+    .venv-peers/bin/pip install numpy scipy pyyaml tqdm requests
+
+A peer that is not there is left out with a sentence. No torchvision is installed: should a peer import it, an empty
+module stands in for it (the JSON says where that happened); nothing that is measured here uses it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from common import BATCH, ROOT, SETTING, clock, environment, median, memory, save, seconds, table, trained
+
+PEERS = {"traker": "0.3.2", "dattri": "0.3.0"}
+SMALL_DEPENDENCIES = ["numpy", "scipy", "pyyaml", "tqdm", "requests"]
+VENV = ROOT / ".venv-peers"
+FORMAT = 1
+
+Figures = dict[str, Any]
+
+
+# The parent: checkpoints, processes, ground truth, table
+
+
+def contestants(models: list[int], dims: list[int]) -> list[dict[str, Any]]:
+    """What is run, by method and then by number of models; the first dimension alone for dattri."""
+    found: list[dict[str, Any]] = []
+    for count in models:
+        for name, features in (("byline Exact()", {"kind": "exact"}), ("byline Factorized(1024)", {"dim": 1024})):
+            found.append({"worker": "byline", "name": name, "models": count, "features": features})
+        for dim in dims:
+            if count == 1 or dim == dims[0]:
+                found.append({"worker": "traker", "name": f"traker {dim}", "models": count, "dim": dim})
+        if count == 1:  # beside its default of half precision
+            name = f"traker {dims[0]}, float32"
+            found.append({"worker": "traker", "name": name, "models": count, "dim": dims[0], "half": False})
+        found.append({"worker": "dattri", "name": f"dattri TRAK {dims[0]}", "models": count, "dim": dims[0]})
+    return found
+
+
+def setup(venv: Path) -> None:
+    """The documented setup of the peers' environment."""
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    packages = next(venv.glob("lib/python3.*/site-packages"))
+    (packages / "shared.pth").write_text(f"import site; site.addsitedir({_site_packages()!r})\n")
+    pip = [str(venv / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--no-deps", *(f"{name}=={version}" for name, version in PEERS.items())], check=True)
+    subprocess.run([*pip, *SMALL_DEPENDENCIES], check=True)
+
+
+def _site_packages() -> str:
+    import torch
+
+    return str(Path(torch.__file__).resolve().parent.parent)
+
+
+def missing(python: Path, name: str) -> str | None:
+    """Why a peer cannot run, or None."""
+    if not python.exists():
+        return f"no environment at {python.parent.parent}"
+    probe = f"import importlib.metadata as m; print(m.version({name!r}))"
+    done = subprocess.run([str(python), "-c", probe], capture_output=True, text=True)
+    return None if done.returncode == 0 else f"not installed in {python.parent.parent}"
+
+
+def write_inputs(folder: Path, setting: Any, states: list[dict[str, Any]]) -> None:
+    """Data, checkpoints and the model's layers, as files that need no byline to be read."""
+    import torch
+    from safetensors.torch import save_file
+    from torch import nn
+
+    (train_x, train_y), (test_x, test_y) = setting.train_set.tensors, setting.test_set.tensors
+    tensors = {"train_x": train_x, "train_y": train_y, "test_x": test_x, "test_y": test_y}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "data.safetensors")
+    for i, state in enumerate(states):
+        save_file({name: value.contiguous() for name, value in state.items()}, folder / f"model-{i}.safetensors")
+    layers: list[tuple[str, list[float]]] = []
+    for layer in setting.build():
+        arguments: list[float] = []
+        if isinstance(layer, nn.Linear):
+            arguments = [layer.in_features, layer.out_features]
+        elif isinstance(layer, nn.Dropout):
+            arguments = [layer.p]
+        layers.append((type(layer).__name__, arguments))
+    (folder / "layers.json").write_text(json.dumps(layers))
+    assert torch.is_tensor(train_x)
+
+
+def run_one(folder: Path, contestant: dict[str, Any], python: Path, options: argparse.Namespace) -> Figures:
+    """One contestant in a process of its own; its figures, or what went wrong under "error"."""
+    import numpy as np
+
+    job, out, scores = folder / "job.json", folder / "figures.json", folder / "scores.npy"
+    own = contestant["worker"] == "byline"
+    common = {"folder": str(folder), "batch_size": options.batch_size, "threads": options.threads}
+    job.write_text(json.dumps({**contestant, **common, "repeats": options.repeats if own else 1}))
+    for old in (out, scores):  # so that nobody is judged by what another left behind
+        old.unlink(missing_ok=True)
+    interpreter = sys.executable if own else str(python)
+    done = subprocess.run([interpreter, __file__, "--worker", str(job)], capture_output=True, text=True)
+    if done.returncode or not out.exists():
+        lines = done.stderr.strip().splitlines()
+        return {"error": lines[-1] if lines else f"exit code {done.returncode}", "stderr": lines[-20:]}
+    figures = json.loads(out.read_text())
+    figures["scores"] = np.load(scores)
+    return figures
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Adds each row's times relative to byline's rows with as many models."""
+    for row in rows:
+        row["fit_ratio"], row["fit_cpu_ratio"], row["total_ratio"] = {}, {}, {}
+        for ours in rows:
+            if ours["worker"] == "byline" and ours["models"] == row["models"] and row["worker"] != "byline":
+                row["fit_ratio"][ours["name"]] = row["fit"] / ours["fit"]
+                row["fit_cpu_ratio"][ours["name"]] = row["fit_cpu"] / ours["fit_cpu"]
+                row["total_ratio"][ours["name"]] = (row["fit"] + row["score"]) / (ours["fit"] + ours["score"])
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    header = ["method", "models", "fit", "score", "cpu fit", "peak memory", "above start", "LDS", "95 % interval"]
+    header += ["fit ÷ Factorized", "÷ Exact", "cpu fit ÷ Factorized", "÷ Exact", "total ÷ Factorized", "÷ Exact"]
+    shown = []
+    for row in rows:
+        ratios = [
+            f"{row[kind][ours]:.0f} ×" if ours in row[kind] else ""
+            for kind in ("fit_ratio", "fit_cpu_ratio", "total_ratio")
+            for ours in ("byline Factorized(1024)", "byline Exact()")
+        ]
+        shown.append(
+            [
+                row["name"],
+                str(row["models"]),
+                seconds(row["fit"]),
+                seconds(row["score"]),
+                seconds(row["fit_cpu"]),
+                f"{row['peak'] / 1e6:.0f} MB",
+                f"{(row['peak'] - row['start']) / 1e6:.0f} MB",
+                f"{row['lds']:.3f}",
+                f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}",
+                *ratios,
+            ]
+        )
+    return table(header, shown)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Example:  .venv/bin/python bench/peers.py --setup --json runs/peers.json",
+    )
+    parser.add_argument("--setup", action="store_true", help="make the peers' environment first, if it is not there")
+    parser.add_argument("--venv", type=Path, default=VENV, help="the peers' environment (%(default)s)")
+    parser.add_argument("--count", type=int, nargs="+", default=[1, 5], help="numbers of models (1 5)")
+    parser.add_argument("--dims", type=int, nargs="+", default=[512, 2048], help="projection dimensions (512 2048)")
+    parser.add_argument("--batch-size", type=int, default=BATCH, help="examples per batch, for all (%(default)s)")
+    parser.add_argument("--threads", type=int, help="torch's threads in every process (torch's own choice)")
+    parser.add_argument("--repeats", type=int, default=5, help="of byline's runs, for the median (%(default)s)")
+    parser.add_argument("--only", nargs="+", choices=["byline", *PEERS], help="run these alone")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / SETTING, help="where models and bank are kept")
+    parser.add_argument("--models", type=Path, help="a folder of checkpoints (.safetensors) to take instead")
+    parser.add_argument("--bank", type=Path, help="a bank to take instead")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return work(options.worker)
+
+    import byline
+
+    if options.setup and not (options.venv / "bin" / "python").exists():
+        setup(options.venv)
+    python = options.venv / "bin" / "python"
+    about = {**environment(), "threads_asked": options.threads}
+    chosen = set(options.only or ["byline", *PEERS])
+    absent = {name: why for name in PEERS if name in chosen and (why := missing(python, name))}
+    for name, why in absent.items():
+        print(f"{name} is left out: {why}; --setup installs it")
+    print("checkpoints and ground truth")
+    setting, states, bank = trained(options.out, max(options.count), options.models, options.bank)
+    assert bank is not None
+    rows: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="byline-peers-") as name:
+        folder = Path(name)
+        write_inputs(folder, setting, states)
+        for contestant in contestants(options.count, options.dims):
+            if contestant["worker"] not in chosen or contestant["worker"] in absent:
+                continue
+            label = f"{contestant['name']}, {contestant['models']} model{'s' if contestant['models'] > 1 else ''}"
+            print(f"  {label} …", flush=True)
+            figures = run_one(folder, contestant, python, options)
+            if "error" in figures:
+                print(f"  {label} failed: {figures['error']}")
+                failed.append({**contestant, **figures})
+                continue
+            found = byline.lds(figures.pop("scores"), bank)
+            rows.append({**contestant, **figures, "lds": found.mean, "interval": list(found.interval)})
+            last = rows[-1]
+            print(f"    fit {seconds(last['fit'])}, score {seconds(last['score'])}, LDS {found.mean:.3f}", flush=True)
+    compare(rows)
+    print(f"\n{show(rows)}\n")
+    print(
+        f"Batches of {options.batch_size}; seconds on the clock (cpu: of all threads), byline's the median of "
+        f"{options.repeats} in one process, the peers' of one run. Imports, reading files and making the objects are "
+        "not timed. byline factorises its kernel in score, the peers solve theirs in fit: compare the totals. Peak "
+        "memory is the process's own, libraries and all; 'above start' is without what it held before."
+    )
+    result = {"format": FORMAT, "environment": about, "batch_size": options.batch_size, "repeats": options.repeats}
+    save(options.json, {**result, "rows": rows, "failed": failed, "left_out": absent})
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(failed) + len(rows)} failed")
+
+
+# The workers: one process each. byline is imported in its own alone.
+
+
+def work(path: Path) -> None:
+    """What runs in a contestant's process: read the inputs, fit, score, write scores and figures."""
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file
+    from torch import nn
+    from torch.utils.data import TensorDataset
+
+    job = json.loads(path.read_text())
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    folder = Path(job["folder"])
+    data = load_file(folder / "data.safetensors")
+    train = TensorDataset(data["train_x"], data["train_y"])
+    test = TensorDataset(data["test_x"], data["test_y"])
+    states = [load_file(folder / f"model-{i}.safetensors") for i in range(job["models"])]
+    layers = json.loads((folder / "layers.json").read_text())
+    model = nn.Sequential(*(getattr(nn, kind)(*arguments) for kind, arguments in layers)).eval()
+    torch.manual_seed(0)
+    make = {"byline": _byline, "traker": _traker, "dattri": _dattri}[job["worker"]]
+    once, about = make(job, model, states, train, test)
+    start = memory("VmRSS")
+    spent: list[dict[str, float]] = []
+    scores = np.empty(0)
+    for _ in range(job["repeats"]):
+        fit, score = once()
+        with clock() as fitting:
+            fit()
+        with clock() as scoring:
+            scores = score()
+        spent.append({"fit": fitting.wall, "score": scoring.wall, "fit_cpu": fitting.cpu, "score_cpu": scoring.cpu})
+    peak = memory("VmHWM")
+    assert scores.shape == (len(test), len(train)), scores.shape
+    np.save(folder / "scores.npy", np.asarray(scores, dtype=np.float32))
+    figures = {name: median([one[name] for one in spent]) for name in spent[0]}
+    figures = {**figures, "first": spent[0], "peak": peak, "start": start, **about, "stand_ins": list(STAND_INS)}
+    figures["load"] = round(os.getloadavg()[0], 2)
+    (folder / "figures.json").write_text(json.dumps(figures))
+
+
+Once = Callable[[], "tuple[Callable[[], Any], Callable[[], Any]]"]
+"""Makes the objects anew and returns what fits and what scores, (n_test, n_train)."""
+
+
+def _byline(job: dict[str, Any], model: Any, states: list[Any], train: Any, test: Any) -> tuple[Once, Figures]:
+    import byline
+
+    features = byline.Exact() if job["features"].get("kind") == "exact" else byline.Factorized(job["features"]["dim"])
+
+    def once() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        attributor = byline.TRAK(
+            byline.Task(model, output="classification"),
+            byline.Independent(states),
+            features=features,
+            batch_size=job["batch_size"],
+            progress=False,
+        )
+        return lambda: attributor.fit(train), lambda: attributor.attribute(test).values
+
+    return once, {"version": byline.__version__}
+
+
+def _batches(data: Any, size: int) -> Iterable[tuple[Any, Any]]:
+    x, y = data.tensors
+    return [(x[i : i + size], y[i : i + size]) for i in range(0, len(data), size)]
+
+
+def _traker(job: dict[str, Any], model: Any, states: list[Any], train: Any, test: Any) -> tuple[Once, Figures]:
+    """`TRAKer` as its quickstart has it: featurize and finalize each checkpoint, then score and finalize."""
+    _stand_in("torchvision")
+    from trak import TRAKer
+
+    def once() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        place = tempfile.TemporaryDirectory(dir=job["folder"])
+        # on the CPU its default is a BasicProjector of normal entries, and its default half precision
+        traker = TRAKer(
+            model=model,
+            task="image_classification",
+            train_set_size=len(train),
+            save_dir=place.name,
+            device="cpu",
+            proj_dim=job["dim"],
+            use_half_precision=job.get("half", True),
+            logging_level=40,
+        )
+
+        def fit() -> None:
+            for i, state in enumerate(states):
+                traker.load_checkpoint(state, model_id=i)
+                for batch in _batches(train, job["batch_size"]):
+                    traker.featurize(batch=batch, num_samples=len(batch[1]))
+            traker.finalize_features()
+
+        def score() -> Any:
+            for i, state in enumerate(states):
+                traker.start_scoring_checkpoint("test", checkpoint=state, model_id=i, num_targets=len(test))
+                for batch in _batches(test, job["batch_size"]):
+                    traker.score(batch=batch, num_samples=len(batch[1]))
+            scores = traker.finalize_scores(exp_name="test").T.copy()
+            place.cleanup()
+            return scores
+
+        return fit, score
+
+    return once, {"version": importlib.metadata.version("traker")}
+
+
+def _dattri(job: dict[str, Any], model: Any, states: list[Any], train: Any, test: Any) -> tuple[Once, Figures]:
+    """`TRAKAttributor` as its documentation has it: a task of the margin, `cache` the training set, `attribute`."""
+    for name in ("torchvision", "pretty_midi"):
+        _stand_in(name)
+    import torch
+    from dattri.algorithm import TRAKAttributor
+    from dattri.task import AttributionTask
+    from torch.utils.data import DataLoader
+
+    def logits_of(params: Any, example: Any) -> tuple[Any, Any]:
+        x, y = example
+        return torch.func.functional_call(model, params, x.unsqueeze(0)), y.unsqueeze(0)
+
+    def margin(params: Any, example: Any) -> Any:
+        logits, label = logits_of(params, example)
+        # log p/(1-p) without ever forming 1-p, which rounds to 0 for a sure model
+        own, others = logits.gather(1, label[:, None]), logits.scatter(1, label[:, None], -torch.inf)
+        return (own.squeeze(1) - others.logsumexp(1)).sum()
+
+    def probability(params: Any, example: Any) -> Any:
+        logits, label = logits_of(params, example)
+        return torch.exp(-torch.nn.functional.cross_entropy(logits, label))
+
+    def once() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        task = AttributionTask(loss_func=margin, model=model, checkpoints=states)
+        attributor = TRAKAttributor(
+            task=task,
+            correct_probability_func=probability,
+            projector_kwargs={"proj_dim": job["dim"]},
+            device="cpu",
+        )
+        loaders = [DataLoader(data, batch_size=job["batch_size"], shuffle=False) for data in (train, test)]
+
+        def score() -> Any:
+            with torch.no_grad():
+                return attributor.attribute(loaders[1]).T.detach().numpy()
+
+        def fit() -> None:
+            with torch.no_grad():
+                attributor.cache(loaders[0])
+
+        return fit, score
+
+    return once, {"version": importlib.metadata.version("dattri")}
+
+
+STAND_INS: list[str] = []
+
+
+def _stand_in(name: str) -> None:
+    """An empty module for a package that a peer imports, does not use here, and that is not installed."""
+    if importlib.util.find_spec(name) is not None:
+        return
+    import types
+
+    class Empty(types.ModuleType):
+        def __getattr__(self, attribute: str) -> Any:
+            if attribute.startswith("__"):
+                raise AttributeError(attribute)
+            if name not in STAND_INS:
+                STAND_INS.append(name)
+            return None
+
+    sys.modules[name] = Empty(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Features against the exact kernel: equal at full width, closer as they widen, and never a (B, P) matrix."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import byline
+import reference as ref
+from architectures import Net, arrays, ids, vectors
+from conftest import build
+
+KINDS = ["mlp", "tokens-mlp", "conv2d-groups", "embedding-padding", "tied-head", "gru", "layer-norm"]
+
+
+def values(made, features, method=byline.GradDot, **arguments):
+    attributor = method(made.task, byline.Independent([made.model]), features=features, progress=False, **arguments)
+    return attributor.fit(made.train).attribute(made.test).values
+
+
+def error(found, exact):
+    return np.linalg.norm(found - exact) / np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("basis", ["random", "pca"])
+@pytest.mark.parametrize("method", [byline.GradDot, byline.TRAK])
+def test_factorized_at_full_width_is_exact(name, basis, method):
+    made = build(name)
+    found = values(made, byline.Factorized(10**6, basis), method, damping=0.3)
+    ref.assert_close(found, values(made, byline.Exact(), method, damping=0.3), 1e-3)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("method", [byline.GradDot, byline.TRAK])
+def test_nystrom_with_all_landmarks_is_exact(name, method):
+    made = build(name)
+    found = values(made, byline.Nystrom(len(made.train)), method, damping=0.3)
+    ref.assert_close(found, values(made, byline.Exact(), method, damping=0.3), 3e-3)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv2d-groups", "tied-head"])
+@pytest.mark.parametrize(
+    ("make", "widths", "last"),
+    [
+        (lambda w, s: byline.Dense(w, "rademacher", s), (8, 64, 2048), 0.2),
+        (lambda w, s: byline.Dense(w, "gaussian", s), (8, 64, 2048), 0.2),
+        (lambda w, s: byline.Dense(w, "sjlt", s), (8, 64, 2048), 0.2),
+        (lambda w, s: byline.Factorized(w, "random", s), (6, 60, 10**6), 1e-3),
+        (lambda w, s: byline.Factorized(w, "pca", s), (8, 40, 10**6), 1e-3),
+        (lambda w, s: byline.Nystrom(w, s), (2, 5, 9), 1e-2),
+    ],
+    ids=["rademacher", "gaussian", "sjlt", "random", "pca", "nystrom"],
+)
+def test_wider_features_are_closer_to_exact(name, make, widths, last):
+    made = build(name)
+    exact = values(made, byline.Exact())
+    errors = [np.mean([error(values(made, make(w, s)), exact) for s in range(5)]) for w in widths]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < last
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda s, k=k: byline.Dense(16, k, s) for k in ("rademacher", "gaussian", "sjlt")]
+    + [lambda s: byline.Factorized(64, "random", s)],
+    ids=["rademacher", "gaussian", "sjlt", "random"],
+)
+def test_random_projections_are_unbiased(make):
+    """The mean over seeds comes closer to the exact kernel than one seed does."""
+    made = build("mlp", train=4, test=2)
+    exact = values(made, byline.Exact())
+    found = [values(made, make(s)) for s in range(40)]
+    assert error(np.mean(found, 0), exact) < 0.4 * np.mean([error(f, exact) for f in found])
+
+
+@pytest.mark.parametrize("make", [byline.Dense, byline.Factorized, byline.Nystrom])
+def test_features_are_seeded(make):
+    made = build("mlp")
+    one, again, other = (values(made, make(5, seed=s)) for s in (0, 0, 1))
+    assert (one == again).all()
+    assert not np.allclose(one, other)
+
+
+@pytest.mark.parametrize("basis", ["random", "pca"])
+@pytest.mark.parametrize("name", ["mlp", "conv2d-groups", "conv2d-depthwise", "tied-head"])
+@pytest.mark.parametrize("dim", [1, 7, 33, 60])
+def test_factorized_keeps_to_its_columns(name, basis, dim):
+    made = build(name)
+    attributor = byline.GradDot(
+        made.task, byline.Independent([made.model]), features=byline.Factorized(dim, basis), progress=False
+    ).fit(made.train)
+    (entry,) = attributor.store.manifest.features
+    columns = attributor.store.features(entry).columns
+    # a convolution of g groups takes g columns at least
+    assert 1 <= columns <= max(dim, 4)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes, views apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf._base is None:
+                self.numel = max(self.numel, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return out
+
+
+WIDE = {
+    "linear": (lambda: Net(nn.Linear(600, 900), torch.tanh, nn.Linear(900, 3)), vectors(600), 16),
+    "tokens": (
+        lambda: Net(nn.Linear(500, 800), torch.tanh, nn.Linear(800, 3), lambda t: t.mean(1)),
+        arrays(4, 500),
+        16,
+    ),
+    "conv": (
+        lambda: Net(nn.Conv2d(200, 300, 3), torch.tanh, nn.Flatten(), nn.Linear(300 * 4, 3)),
+        arrays(200, 4, 4),
+        16,
+    ),
+    "embedding": (lambda: Net(nn.Embedding(3000, 200), lambda t: t.mean(1), nn.Linear(200, 3)), ids(4, 3000), 16),
+}
+
+
+@pytest.mark.parametrize("name", list(WIDE))
+@pytest.mark.parametrize(
+    "features",
+    [byline.Exact(), byline.Factorized(64), byline.Nystrom(8), byline.Factorized(64, "pca"), byline.Dense(4)],
+    ids=["exact", "random", "nystrom", "pca", "dense"],
+)
+def test_never_a_gradient_per_example(name, features):
+    torch.manual_seed(0)
+    make, data, n = WIDE[name]
+    model, items = make().eval(), data(n)
+    size = max(p.numel() for p in model.parameters())
+    attributor = byline.TRAK(
+        byline.Task(model), byline.Independent([model]), features=features, damping=1, progress=False
+    )
+    if isinstance(features, byline.Factorized) and features.basis == "pca" and name == "conv":
+        pytest.skip("the eigenvectors of 1801 inputs take seconds; random has the same path")
+    with Largest() as watch:
+        attributor.fit(items).attribute(items)
+    if isinstance(features, byline.Dense):
+        assert watch.numel >= n * size, "the watch does not see what it is there to see"
+    else:
+        # calibration holds three examples against autograd
+        assert watch.numel < 8 * size < n * size
+
+
+@pytest.mark.parametrize("arguments", [{"dim": 0}, {"dim": 2.0}, {"dim": True}])
+@pytest.mark.parametrize("make", [byline.Dense, byline.Factorized])
+def test_dim_is_checked(make, arguments):
+    with pytest.raises(ValueError, match=r"dim is .*; expected an int of at least 1"):
+        make(**arguments)
+
+
+def test_other_arguments_are_checked():
+    with pytest.raises(ValueError, match="landmarks is 0"):
+        byline.Nystrom(0)
+    with pytest.raises(ValueError, match="kind is 'dct'"):
+        byline.Dense(4, "dct")
+    with pytest.raises(ValueError, match="basis is 'svd'"):
+        byline.Factorized(4, "svd")
+    made = build("mlp")
+    with pytest.raises(TypeError, match="features is a str"):
+        byline.TRAK(made.task, byline.Independent([made.model]), features="exact")
