@@ -12,15 +12,14 @@ Setup of the peers, once, in an environment that shares this one's torch (`--set
     .venv-peers/bin/pip install --no-deps traker==0.3.2 dattri==0.3.0
     .venv-peers/bin/pip install numpy scipy pyyaml tqdm requests
 
-A peer that is not there is left out with a sentence. No torchvision is installed: should a peer import it, an empty
-module stands in for it (the JSON says where that happened); nothing that is measured here uses it.
+A peer that is not there is left out with a sentence. No torchvision is installed: what is used here of these versions
+does not import it.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -274,7 +273,7 @@ def work(path: Path) -> None:
     assert scores.shape == (len(test), len(train)), scores.shape
     np.save(folder / "scores.npy", np.asarray(scores, dtype=np.float32))
     figures = {name: median([one[name] for one in spent]) for name in spent[0]}
-    figures = {**figures, "first": spent[0], "peak": peak, "start": start, **about, "stand_ins": list(STAND_INS)}
+    figures = {**figures, "first": spent[0], "peak": peak, "start": start, **about}
     figures["load"] = round(os.getloadavg()[0], 2)
     (folder / "figures.json").write_text(json.dumps(figures))
 
@@ -308,7 +307,6 @@ def _batches(data: Any, size: int) -> Iterable[tuple[Any, Any]]:
 
 def _traker(job: dict[str, Any], model: Any, states: list[Any], train: Any, test: Any) -> tuple[Once, Figures]:
     """`TRAKer` as its quickstart has it: featurize and finalize each checkpoint, then score and finalize."""
-    _stand_in("torchvision")
     from trak import TRAKer
 
     def once() -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -348,8 +346,6 @@ def _traker(job: dict[str, Any], model: Any, states: list[Any], train: Any, test
 
 def _dattri(job: dict[str, Any], model: Any, states: list[Any], train: Any, test: Any) -> tuple[Once, Figures]:
     """`TRAKAttributor` as its documentation has it: a task of the margin, `cache` the training set, `attribute`."""
-    for name in ("torchvision", "pretty_midi"):
-        _stand_in(name)
     import torch
     from dattri.algorithm import TRAKAttributor
     from dattri.task import AttributionTask
@@ -390,26 +386,6 @@ def _dattri(job: dict[str, Any], model: Any, states: list[Any], train: Any, test
         return fit, score
 
     return once, {"version": importlib.metadata.version("dattri")}
-
-
-STAND_INS: list[str] = []
-
-
-def _stand_in(name: str) -> None:
-    """An empty module for a package that a peer imports, does not use here, and that is not installed."""
-    if importlib.util.find_spec(name) is not None:
-        return
-    import types
-
-    class Empty(types.ModuleType):
-        def __getattr__(self, attribute: str) -> Any:
-            if attribute.startswith("__"):
-                raise AttributeError(attribute)
-            if name not in STAND_INS:
-                STAND_INS.append(name)
-            return None
-
-    sys.modules[name] = Empty(name)
 
 
 if __name__ == "__main__":

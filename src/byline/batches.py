@@ -61,6 +61,12 @@ def take(batch: Batch, start: int, stop: int) -> Batch:
     return map_tensors(batch, lambda t: t[start:stop] if t.ndim and t.shape[0] == n else t)
 
 
+def pick(batch: Batch, order: list[int]) -> Batch:
+    """The examples at these places of a batch, in this order."""
+    n = size(batch)
+    return map_tensors(batch, lambda t: t[order] if t.ndim and t.shape[0] == n else t)
+
+
 def tile(batch: Batch, copies: int) -> Batch:
     """The batch repeated ``copies`` times along its examples: rows (copy, example) in row-major order."""
     n = size(batch)
@@ -119,9 +125,9 @@ def gather(dataset: Any, indices: list[int], collate: Callable[[list[Any]], Batc
 
 
 def fetch(dataset: Any, start: int, stop: int) -> Batch:
-    """Examples ``start`` to ``stop``, collated; without copying where the dataset holds tensors."""
+    """Examples ``start`` to ``stop``, collated; a copy, so that a model that works in place leaves the data alone."""
     if _holds_tensors(dataset):
-        return tuple(t[start:stop] for t in dataset.tensors)
+        return tuple(t[start:stop].clone() for t in dataset.tensors)
     return gather(dataset, list(range(start, stop)))
 
 

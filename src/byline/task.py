@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,9 @@ from byline.batches import Batch
 
 PerExample = Callable[[nn.Module, Batch], Tensor]
 ParamFilter = Callable[[str], bool] | Iterable[str]
+
+before_forward: ContextVar[Callable[[], None]] = ContextVar("byline_before_forward", default=lambda: None)
+"""Called before the task runs the model: what counts along a forward pass starts anew."""
 
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
@@ -93,16 +98,19 @@ class Task:
 
     def output(self, model: nn.Module, batch: Batch) -> Tensor:
         """The attributed output of each example, (B,)."""
+        before_forward.get()()
         return _column(self._output.output(model, batch), batch, "output")
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The training loss of each example, (B,)."""
+        before_forward.get()()
         if self._loss is not None:
             return _column(self._loss(model, batch), batch, "loss")
         return _column(self._output.loss(model, batch), batch, "loss")
 
     def residual(self, model: nn.Module, batch: Batch) -> Tensor:
         """TRAK's Q of each example, (B,), without a gradient."""
+        before_forward.get()()
         with torch.no_grad():
             if self._residual is not None:
                 return _column(self._residual(model, batch), batch, "residual")
@@ -116,8 +124,10 @@ class Task:
             batch: the examples.
             of: ``"output"`` for f, ``"loss"`` for -ℓ.
         """
+        before_forward.get()()
         value, residual = self._output.both(model, batch, of)
         if of == "loss" and self._loss is not None:
+            before_forward.get()()
             value = -_column(self._loss(model, batch), batch, "loss")
         value = _column(value, batch, of)
         if self._residual is not None:
@@ -157,16 +167,40 @@ class Task:
         return f"Task({type(self.model).__name__}, output={self.name!r}, {count:,} attributed parameters)"
 
 
-def _source(function: Callable[..., Any]) -> str:
-    """A name for a callable that changes when its code does."""
-    try:
-        text = inspect.getsource(function)
-    except (OSError, TypeError):
-        code = getattr(function, "__code__", None)
-        text = repr(getattr(code, "co_code", type(function)))
-    return (
-        f"{getattr(function, '__qualname__', type(function).__name__)}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    )
+def _source(value: Any, depth: int = 4) -> str:
+    """A digest of a callable that changes when its code does, or what it closes over, or its arguments' defaults."""
+    name = getattr(value, "__qualname__", type(value).__name__)
+    return f"{name}:{hashlib.sha256(repr(_content(value, depth)).encode()).hexdigest()[:16]}"
+
+
+def _content(value: Any, depth: int) -> Any:
+    """Plain data that stands for a value; objects that cannot be looked into count by their type alone."""
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return value
+    if isinstance(value, Tensor) or hasattr(value, "tobytes"):
+        return batches.digest_of(value)
+    if isinstance(value, nn.Module):
+        return repr(value), batches.digest_of(list(value.state_dict().values()))
+    if depth == 0:
+        return type(value).__qualname__
+    if isinstance(value, Mapping):
+        return sorted((str(k), _content(v, depth - 1)) for k, v in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return type(value).__name__, [_content(v, depth - 1) for v in value]
+    if isinstance(value, functools.partial):
+        return _content((value.func, value.args, value.keywords), depth - 1)
+    if inspect.ismethod(value):
+        return _content((value.__func__, value.__self__), depth - 1)
+    if inspect.isfunction(value):
+        code = value.__code__
+        constants = [c for c in code.co_consts if not inspect.iscode(c)]
+        nested = [c.co_code for c in code.co_consts if inspect.iscode(c)]
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell.cell_contents is not value]
+        inside = (constants, list(code.co_names), cells, value.__defaults__, value.__kwdefaults__)
+        return code.co_code, nested, _content(inside, depth - 1)
+    if callable(value) and hasattr(value, "__dict__"):
+        return type(value).__qualname__, _content((type(value).__call__, vars(value)), depth - 1)
+    return type(value).__qualname__
 
 
 def _column(value: Any, batch: Batch, name: str) -> Tensor:

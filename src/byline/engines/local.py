@@ -64,11 +64,33 @@ def write_features(job: Job, members: Sequence[Member], store: Store, bench: Wor
     """Compute what the store lacks: features, outputs and residuals of every member, each distinct one once."""
     distinct = {m.identity("gradient"): m for m in reversed(members)}
     missing = [m for i, m in reversed(distinct.items()) if store.features(_key(job, i)) is None]
+    found = [m for m in distinct.values() if m not in missing]
+    if found:
+        _verify(job, found[-1], store, bench)
     groups = _groups(missing, job, bench)
     with bar(len(missing) * len(job.spans()), "features", job.progress) as advance:
         for group in groups:
             _write_group(job, group, store, bench, advance)
     _write_residuals(job, members, store, bench)
+
+
+def _verify(job: Job, member: Member, store: Store, bench: Workbench) -> None:
+    """Refuse a store whose numbers the model no longer gives: its code can change without a trace in its structure."""
+    kept = store.vector(job.of, member.identity("gradient"))
+    if kept is None:
+        return
+    size = min(8, len(job.dataset))
+    batch = job.batch(0, size, bench.device)
+    with bench.active(member, "gradient") as active, torch.no_grad(), naming(job.name, range(size)):
+        value = job.task.differentiate(active.model, batch, job.of)[0].cpu().to(kept.dtype)
+    odd = (~torch.isclose(value, kept[:size], rtol=1e-3, atol=1e-3, equal_nan=True)).nonzero()
+    if len(odd):
+        i = int(odd[0, 0])
+        raise ValueError(
+            f"store {store.path or 'in memory'} was made by another model or collate: the {job.of} of "
+            f"{job.name}[{i}] is {float(value[i]):.6g} here and {float(kept[i]):.6g} in the store. Use another folder, "
+            "or delete this one"
+        )
 
 
 def member_key(identity: str, of: str) -> str:
@@ -103,7 +125,7 @@ def _groups(members: Sequence[Member], job: Job, bench: Workbench) -> list[list[
 def _write_group(job: Job, group: list[Member], store: Store, bench: Workbench, advance: Callable[..., None]) -> None:
     states = [learn(job, member, store, bench) for member in group]
     with bench.active(group[0], "gradient") as alone:
-        tiled = len(group) > 1 and alone.tiles and not alone.capture(job.of).fallback
+        tiled = len(group) > 1 and alone.tiles and alone.capture(job.of).fast
     if not tiled:
         for member, state in zip(group, states, strict=True):
             with bench.active(member, "gradient") as active:

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from byline import batches
 from byline.ensembles.base import Change, Member
 from byline.ensembles.dropout import MaskChange, Sites, locate, located, refuse_without_sites
-from byline.features.capture import Capture, attributed, calibrate
+from byline.features.capture import Capture, Verdict, attributed, calibrate
 from byline.task import ExampleError, Task
 
 Collate = Callable[[list[Any]], Any]
@@ -44,7 +44,7 @@ class Workbench:
 
     Args:
         task: whose model is copied; the original is never changed.
-        dataset: whose first examples serve to locate dropout and to hold the rules against autograd.
+        dataset: three of whose examples serve to locate dropout and to hold the rules against autograd.
         collate: makes a batch of items.
         device: where to work; the model's own device by default.
     """
@@ -54,11 +54,14 @@ class Workbench:
         own = next((p.device for p in task.model.parameters()), torch.device("cpu"))
         self.device = own if device is None else torch.device(device)
         self.model = copy.deepcopy(task.model).to(self.device).eval()
-        self.examples = min(3, len(dataset))
-        self.probe = batches.to(batches.gather(dataset, list(range(self.examples)), collate), self.device)
+        # spread over the dataset, which may be sorted; never fewer than three, or a dimension of one could be anything
+        last = len(dataset) - 1
+        self.places = [0, last // 2, last]
+        self.examples = len(self.places)
+        self.probe = batches.to(batches.gather(dataset, self.places, collate), self.device)
         self._loaded: str | None = None
         self._sites: dict[tuple[str, ...], Sites] = {}
-        self._fallback: dict[tuple[Any, ...], tuple[set[str], bool]] = {}
+        self._verdicts: dict[tuple[Any, ...], Verdict] = {}
 
     @contextmanager
     def active(self, member: Member, chain: str, beside: Sequence[Member] = ()) -> Iterator[Active]:
@@ -81,7 +84,7 @@ class Workbench:
         sites = self._located(changes) if masks else None
         if sites is not None:
             refuse_without_sites(sites, masks)
-        kinds = tuple(type(change).__name__ for change in changes)
+        kinds = tuple(change.structure() for change in changes)
         with ExitStack() as stack:
             stack.enter_context(located(sites))
             model = self.model
@@ -95,20 +98,17 @@ class Workbench:
                     lambda name: member.selects(name) and (self.task.selects(name) or "lora_" in name),
                 )
                 key = (kinds, of, tuple(params))
-                if key not in self._fallback:
-                    with naming("train_set", range(self.examples)):
-                        made = calibrate(self.task, model, params, self.probe, of)
-                    self._fallback[key] = (made.fallback, made.vectorised)
-                capture = Capture(self.task, model, params, self._fallback[key][0])
-                capture.vectorised = self._fallback[key][1]
-                return capture
+                if key not in self._verdicts:
+                    with naming("train_set", self.places):
+                        self._verdicts[key] = calibrate(self.task, model, params, self.probe, of)
+                return Capture(self.task, model, params, self._verdicts[key])
 
             yield Active(model, sites, captured)
 
     def _located(self, changes: Sequence[Change]) -> Sites:
-        kinds = tuple(type(change).__name__ for change in changes if not isinstance(change, MaskChange))
+        kinds = tuple(change.structure() for change in changes if not isinstance(change, MaskChange))
         if kinds not in self._sites:
-            with ExitStack() as stack, naming("train_set", range(self.examples)):
+            with ExitStack() as stack, naming("train_set", self.places):
                 model = self.model
                 for change in changes:
                     if not isinstance(change, MaskChange):

@@ -34,6 +34,10 @@ class Change(ABC):
         """Whether a parameter of the changed model is attributed."""
         return True
 
+    def structure(self) -> str:
+        """What kind of change it is: changes of one structure give models whose layers are the same."""
+        return type(self).__name__
+
 
 class Weights:
     """The weights of one trained model: a state dict, a module, or a file, read when they are needed."""
@@ -47,7 +51,9 @@ class Weights:
                 raise ValueError(f"{name} is {path.name}; expected a .safetensors or a .pt file")
         elif isinstance(source, nn.Module):
             source = {key: value.detach().clone() for key, value in source.state_dict().items()}
-        elif not hasattr(source, "items"):
+        elif hasattr(source, "items"):
+            source = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in source.items()}
+        else:
             raise TypeError(f"{name} is a {type(source).__name__}; expected a state_dict, a module or a path")
         self.source = source
         self.name = name
@@ -77,7 +83,8 @@ class Weights:
 
     def into(self, model: nn.Module) -> None:
         """Load into a model of the same structure."""
-        model.load_state_dict(self.load(), strict=True)
+        # a tied weight may stand under one of its names alone; `check` has seen that nothing is missing
+        model.load_state_dict(self.load(), strict=False)
 
     def check(self, model: nn.Module) -> None:
         """Refuse weights that do not fit a model.
@@ -87,7 +94,8 @@ class Weights:
         """
         state = self.load()
         own = model.state_dict(keep_vars=True)
-        missing = sorted(set(own) - set(state))
+        given = {id(own[key]) for key in own if key in state}
+        missing = sorted(key for key in own if key not in state and id(own[key]) not in given)
         unexpected = sorted(set(state) - set(own))
         shapes = [
             f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"

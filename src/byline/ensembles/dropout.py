@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from byline.ensembles.base import Change, Ensemble, Member, as_ensemble, check_count, check_seed
+from byline.task import before_forward
 
 # which dimensions (counted after the batch) share one decision: none, or all but the channel
 _MODULES: dict[type[nn.Module], str] = {
@@ -79,8 +80,14 @@ def locate(model: nn.Module, forward: Callable[[int], Any], examples: int) -> Si
         forward: runs the model on this many examples.
         examples: how many there are to run on (3 is enough, 1 leaves the batch dimension to be assumed first).
     """
+    before = torch.get_rng_state()
     with torch.no_grad(), _Session(model, _Recorder(None), functional=True) as first:
         forward(examples)
+    if not torch.equal(before, torch.get_rng_state()):
+        raise ValueError(
+            "with dropout on, the model draws random numbers outside its dropout layers (stochastic depth, noise?); a "
+            "fixed mask cannot hold those still: use byline.WeightNoise"
+        )
     sites = first.handler.sites
     if examples == 1:
         sites.batch_dims = [(0, shape[0]) if shape else None for shape in sites.shapes]
@@ -206,6 +213,8 @@ class _FunctionalDropout(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _FUNCTIONS:
+            if func is torch.dropout_:
+                kwargs = {**kwargs, "inplace": True}
             return self._dropout(_FUNCTIONS[func], *args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self.attention(*args, **kwargs)
@@ -230,7 +239,12 @@ class _FunctionalDropout(TorchFunctionMode):
         inplace: bool = False,
         train: bool | None = None,
     ) -> Tensor:
-        return self.session.reach(input, p, kind, is_module=False)
+        # the session puts modules in train mode, so a flag that is off was meant to be
+        asked = train if training is None else training
+        if asked is False or (asked is None and kind.startswith("alpha")):
+            return input
+        out = self.session.reach(input, p, kind, is_module=False)
+        return input.copy_(out) if inplace else out
 
     def attention(
         self,
@@ -302,6 +316,8 @@ class _Session:
             # models ask self.training before they drop functionally; statistics must not move
             if not isinstance(module, nn.modules.batchnorm._NormBase | nn.RNNBase):
                 module.training = True
+        token = before_forward.set(self._restart)
+        self._stack.callback(before_forward.reset, token)
         handle = self.model.register_forward_pre_hook(self._restart)
         self._stack.callback(handle.remove)
         if self.functional:
@@ -318,7 +334,11 @@ def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
 
 
 def _bound(session: _Session, module: Any, kind: str) -> Callable[[Tensor], Tensor]:
-    return lambda input: session.reach(input, module.p, kind, is_module=True)
+    def forward(input: Tensor) -> Tensor:
+        out = session.reach(input, module.p, kind, is_module=True)
+        return input.copy_(out) if module.inplace and out is not input else out
+
+    return forward
 
 
 class MaskChange(Change):
@@ -377,6 +397,8 @@ class Dropout(Ensemble):
             raise ValueError(f"p is {p!r}; expected None or a rate of at least 0 and below 1")
         self.p = None if p is None else float(p)
         self.forward_only = bool(forward_only)
+        if any(isinstance(c, MaskChange) for member in self.base.members() for c in member.changes):
+            raise ValueError("base has dropout masks already; expected one Dropout in a chain of ensembles")
         self.seed = check_seed(seed)
         self.kind = "forward-only" if self.forward_only else "dropout"
 

@@ -75,6 +75,10 @@ class AdapterChange(Change):
         """The adapter's content."""
         return {"adapter": self.adapter.digest()}
 
+    def structure(self) -> str:
+        """The layers that are adapted, and how."""
+        return f"adapter {json.dumps(self.adapter.config, sort_keys=True, default=str)}"
+
     def selects(self, name: str) -> bool:
         """Only the adapter's weights are attributed."""
         return "lora_" in name

@@ -9,7 +9,8 @@ whose batch is not its first dimension, a layer without a rule) goes to per-exam
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.func import functional_call, grad, vmap
 from byline import batches
 from byline.batches import Batch
 from byline.features.blocks import Block, Flat, merge
-from byline.features.layers import rule_for
+from byline.features.layers import block_of, groups_of, rule_for
 from byline.task import Task
 
 log = logging.getLogger("byline")
@@ -39,6 +40,18 @@ class _Differentiated(nn.Module):
         return self._task[0].differentiate(self.model, batch, self.of)[0]
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What holding the rules against autograd showed of a model's structure."""
+
+    fallback: frozenset[str] = frozenset()
+    """Parameters that no rule covers: per-example autograd, in every batch."""
+    unproven: frozenset[str] = frozenset()
+    """Parameters whose gradient was 0 on the examples looked at, so that no rule could be checked."""
+    vectorised: bool = True
+    """Whether per-example autograd gives the same under vmap as one example at a time."""
+
+
 class Capture:
     """The gradients of a model's attributed parameters.
 
@@ -46,12 +59,13 @@ class Capture:
         task: what is differentiated.
         model: the member's model, in eval mode.
         params: the attributed parameters by name.
-        fallback: names known to need per-example autograd (`calibrate` finds them).
+        verdict: which of them the rules cover (from `calibrate`).
     """
 
-    def __init__(self, task: Task, model: nn.Module, params: dict[str, nn.Parameter], fallback: set[str] | None = None):
+    def __init__(self, task: Task, model: nn.Module, params: dict[str, nn.Parameter], verdict: Verdict | None = None):
+        verdict = verdict or Verdict()
         self.task, self.model, self.params = task, model, params
-        self.vectorised = True
+        self.vectorised, self.unproven = verdict.vectorised, verdict.unproven
         names = {id(parameter): name for name, parameter in params.items()}
         slots: list[tuple[nn.Module, str, str]] = [
             (module, attribute, names[id(parameter)])
@@ -63,11 +77,16 @@ class Capture:
         for _, _, name in slots:
             self._uses[name] = self._uses.get(name, 0) + 1
         ruled = {name for name in params if all(rule_for(m) for m, _, n in slots if n == name) and name in self._uses}
-        self.fallback = (set(params) - ruled) | (fallback or set())
+        self.fallback = frozenset((set(params) - ruled) | verdict.fallback) - self.unproven
         self._slots: dict[nn.Module, dict[str, str]] = {}
         for module, attribute, name in slots:
-            if name not in self.fallback:
+            if name not in self.fallback and name not in self.unproven:
                 self._slots.setdefault(module, {})[attribute] = name
+
+    @property
+    def fast(self) -> bool:
+        """Whether the rules cover every parameter."""
+        return not self.fallback and not self.unproven
 
     def __call__(self, batch: Batch, of: str) -> tuple[Tensor, Tensor, dict[str, Block]]:
         """Differentiate ``of`` ("output" or "loss") for every example.
@@ -75,13 +94,18 @@ class Capture:
         Returns:
             the value (B,), the residual (B,), and a block per parameter in the order of the parameters.
         """
-        value, residual, blocks = self._ruled(batch, of)
-        for name, rows in self._autograd(batch, of).items():
-            blocks[name] = Flat((name,), rows)
-        return value, residual, self._complete(blocks, value)
+        value, residual, blocks, late = self._ruled(batch, of)
+        rows = self._autograd(batch, of, self.fallback | late)
+        for name in (self.fallback | self.unproven) - set(rows):
+            rows[name] = self.params[name].new_zeros(len(value), self.params[name].numel())
+        plain = self.fallback | self.unproven
+        blocks.update({name: Flat((name,), rows[name]) for name in plain})
+        self._fill(blocks, len(value), {name: r for name, r in rows.items() if name not in plain})
+        order = list(self.params)
+        return value, residual, dict(sorted(blocks.items(), key=lambda item: order.index(item[0])))
 
-    def _ruled(self, batch: Batch, of: str) -> tuple[Tensor, Tensor, dict[str, Block]]:
-        """Value, residual, and a block for each parameter that the rules reached."""
+    def _ruled(self, batch: Batch, of: str) -> tuple[Tensor, Tensor, dict[str, Block], set[str]]:
+        """Value, residual, a block for each parameter that the rules reached, and names that need autograd here."""
         calls: list[tuple[nn.Module, Tensor, Any]] = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -98,40 +122,54 @@ class Capture:
             for handle in handles:
                 handle.remove()
         found: dict[tuple[str, ...], list[Block]] = {}
-        if calls:
-            edges = [edge for _, _, edge in calls]
-            grads = torch.autograd.grad(value.sum(), edges, allow_unused=True)
-            for (module, x, _), g in zip(calls, grads, strict=True):
-                if g is not None:
-                    self._collect(found, module, x, g)
-        return value.detach(), residual, {block.params[0]: block for block in map(merge, found.values())}
+        late: set[str] = set()
+        watched = sorted(self.unproven)
+        inputs = [edge for _, _, edge in calls] + [self.params[name] for name in watched]
+        if inputs and value.requires_grad:
+            grads = torch.autograd.grad(value.sum(), inputs, allow_unused=True)
+            # the batch's summed gradient tells whether an unproven parameter matters here at all
+            late = {n for n, g in zip(watched, grads[len(calls) :], strict=True) if g is not None and bool(g.any())}
+            for (module, x, _), g in zip(calls, grads, strict=False):
+                if g is None:
+                    continue
+                if len(x) != len(value) or len(g) != len(value):
+                    # rows are not examples (experts get the tokens routed to them): no rule for this batch
+                    late |= set(self._slots[module].values())
+                    continue
+                self._collect(found, module, x, g)
+        found = {names: blocks for names, blocks in found.items() if late.isdisjoint(names)}
+        return value.detach(), residual, {block.params[0]: block for block in map(merge, found.values())}, late
+
+    def _joined(self, module: nn.Module) -> bool:
+        return all(self._uses[name] == 1 for name in self._slots[module].values())
 
     def _collect(self, found: dict[tuple[str, ...], list[Block]], module: nn.Module, x: Tensor, g: Tensor) -> None:
         rule = rule_for(module)
         assert rule is not None
         names = self._slots[module]
-        join = all(self._uses[name] == 1 for name in names.values())
         with torch.no_grad():
-            for attributes, block in rule(module, x, g, set(names), join).items():
+            for attributes, block in rule(module, x, g, set(names), self._joined(module)).items():
                 block.params = tuple(names[a] for a in attributes)
                 found.setdefault(block.params, []).append(block)
 
-    def _complete(self, blocks: dict[str, Block], value: Tensor) -> dict[str, Block]:
-        """Fixed order, and zero rows for a parameter that this batch did not reach."""
+    def _fill(self, blocks: dict[str, Block], examples: int, rows: dict[str, Tensor]) -> None:
+        """Blocks, in the form their rule gives, for parameters that this batch reached otherwise or not at all."""
         seen = {name for block in blocks.values() for name in block.params}
-        out: dict[str, Block] = {}
-        for name, parameter in self.params.items():
-            if name in blocks:
-                out[name] = blocks[name]
-            elif name not in seen:
-                out[name] = Flat((name,), parameter.new_zeros(len(value), parameter.numel()))
-        return out
+        for module, names in self._slots.items():
+            if seen.issuperset(names.values()):
+                continue
+            for attributes in groups_of(module, set(names), self._joined(module)):
+                params = tuple(names[a] for a in attributes)
+                if params[0] not in seen:
+                    own = [rows.get(name) for name in params]
+                    blocks[params[0]] = block_of(module, attributes, params, own, self.params[params[0]], examples)
+                    seen |= set(params)
 
-    def _autograd(self, batch: Batch, of: str) -> dict[str, Tensor]:
-        """(B, numel) rows of the fallback parameters by per-example autograd."""
-        if not self.fallback:
+    def _autograd(self, batch: Batch, of: str, wanted: Collection[str]) -> dict[str, Tensor]:
+        """(B, numel) rows of these parameters by per-example autograd."""
+        names = [name for name in self.params if name in wanted]
+        if not names:
             return {}
-        names = [name for name in self.params if name in self.fallback]
         if self.vectorised:
             try:
                 return self._vectorised(batch, of, names)
@@ -167,12 +205,13 @@ class Capture:
                 value, _ = self.task.differentiate(self.model, batches.take(batch, index, index + 1), of)
             grads = torch.autograd.grad(value.sum(), parameters, allow_unused=True)
             for name, parameter, g in zip(names, parameters, grads, strict=True):
-                rows[name].append(torch.zeros_like(parameter).flatten() if g is None else g.detach().flatten())
+                g = torch.zeros_like(parameter) if g is None else g.to_dense() if g.is_sparse else g
+                rows[name].append(g.detach().flatten())
         return {name: torch.stack(value) for name, value in rows.items()}
 
 
-def calibrate(task: Task, model: nn.Module, params: dict[str, nn.Parameter], batch: Batch, of: str) -> Capture:
-    """A capture whose rules agree with autograd on a few examples; the rest falls back.
+def calibrate(task: Task, model: nn.Module, params: dict[str, nn.Parameter], batch: Batch, of: str) -> Verdict:
+    """Hold the rules against autograd on a few examples, in their order and in the opposite one.
 
     Args:
         task: what is differentiated.
@@ -189,35 +228,46 @@ def calibrate(task: Task, model: nn.Module, params: dict[str, nn.Parameter], bat
     expected = capture._looped(batch, of, list(params))
     total = max(float(rows.norm()) for rows in expected.values())
     tolerance = {torch.float64: 1e-9, torch.float32: 2e-4}.get(next(iter(params.values())).dtype, 5e-2)
+    orders = [list(range(batches.size(batch))), list(reversed(range(batches.size(batch))))]
 
-    def agrees(name: str, rows: Tensor | None) -> bool:
-        reference = expected[name]
+    def agrees(name: str, rows: Tensor | None, order: list[int]) -> bool:
+        reference = expected[name][order]
         if rows is None or rows.shape != reference.shape:
             return rows is None and not reference.any()
         error = float((rows - reference).norm())
         return error <= tolerance * (float(reference.norm()) + 1e-2 * total)
 
+    unproven = frozenset(name for name, rows in expected.items() if not rows.any()) - capture.fallback
+    wrong = capture.fallback
     while True:
+        capture = Capture(task, model, params, Verdict(wrong, unproven))
+        found: set[str] = set()
         try:
-            _, _, blocks = capture._ruled(batch, of)
-            rows = {
-                name: part for block in blocks.values() for name, part in zip(block.params, block.split(), strict=True)
-            }
+            for order in orders:
+                _, _, blocks, late = capture._ruled(batches.pick(batch, order), of)
+                rows = {
+                    name: part
+                    for block in blocks.values()
+                    for name, part in zip(block.params, block.split(), strict=True)
+                }
+                checked = set(params) - capture.fallback - unproven - late
+                found |= {name for name in checked if not agrees(name, rows.get(name), order)}
         except (RuntimeError, ValueError, IndexError) as error:
             # a rule that cannot even run, on a shape it does not foresee: leave everything to autograd
             log.info("no fast path for this model: %s", str(error).splitlines()[0])
-            capture = Capture(task, model, params, set(params))
+            capture = Capture(task, model, params, Verdict(frozenset(params)))
+            unproven = frozenset()
             break
-        wrong = {n for n in params if n not in capture.fallback and not agrees(n, rows.get(n))}
-        if not wrong:
+        if not found:
             break
         # without them other weights and biases are stored apart, so measure again
-        capture = Capture(task, model, params, capture.fallback | wrong)
-    if capture.fallback:
+        wrong = capture.fallback | found
+    vectorised = True
+    if capture.fallback or unproven:
         log.info("per-example autograd for %d of %d parameters", len(capture.fallback), len(params))
-        fast = capture._autograd(batch, of)
-        capture.vectorised = capture.vectorised and all(agrees(name, fast[name]) for name in fast)
-    return capture
+        fast = capture._autograd(batch, of, capture.fallback | unproven)
+        vectorised = capture.vectorised and all(agrees(name, fast[name], orders[0]) for name in fast)
+    return Verdict(frozenset(capture.fallback), unproven, vectorised)
 
 
 def _check_separable(task: Task, model: nn.Module, batch: Batch, of: str) -> None:
@@ -225,7 +275,7 @@ def _check_separable(task: Task, model: nn.Module, batch: Batch, of: str) -> Non
         whole = task.differentiate(model, batch, of)[0]
         again = task.differentiate(model, batch, of)[0]
         alone = [task.differentiate(model, batches.take(batch, i, i + 1), of)[0] for i in range(len(whole))]
-    if not torch.equal(whole, again) and whole.isfinite().all():
+    if not torch.allclose(whole, again, rtol=1e-6, atol=1e-6, equal_nan=True):
         raise ValueError(
             "the model gives another output on a second call with the same batch; expected a deterministic model "
             "(is something random left on in eval mode?)"

@@ -50,6 +50,10 @@ class Factorized(Features):
         parts = []
         for name, block in blocks.items():
             right, pairs = state.get(f"{name}/right"), state.get(f"{name}/pairs")
+            whole = state.get(f"{name}/whole")
+            if whole is not None:
+                parts.append(block.rows() @ whole.to(next(iter(_factors(block).values())).dtype))
+                continue
             if isinstance(block, Flat):
                 if right is not None:
                     parts.append(block.rows() @ right.to(block.grad))
@@ -78,6 +82,10 @@ class Factorized(Features):
                 state[f"{name}/right"] = self._gaussian(block.grad.shape[1], share, name, "right")
                 continue
             groups, o, i = _widths(block)
+            if groups > 1 and share < _size(block):
+                # many small groups: their gradient is no larger than its factors, and is projected whole
+                state[f"{name}/whole"] = self._gaussian(_size(block), share, name, "whole")
+                continue
             ko, ki = _rectangle(max(1, share // groups), o, i)
             state[f"{name}/left"] = self._gaussian(o, ko, name, "left")
             state[f"{name}/right"] = self._gaussian(i, ki, name, "right")

@@ -147,6 +147,38 @@ RULES: dict[type[nn.Module], Rule] = {
 }
 
 
+def groups_of(module: nn.Module, slots: set[str], join: bool) -> list[tuple[str, ...]]:
+    """Which parameters of a module share a block."""
+    if join and slots == {"weight", "bias"} and rule_for(module) in (linear, conv):
+        return [("weight", "bias")]
+    return [(slot,) for slot in sorted(slots, reverse=True)]
+
+
+def block_of(
+    module: nn.Module,
+    attributes: tuple[str, ...],
+    params: tuple[str, ...],
+    rows: list[Tensor | None],
+    like: Tensor,
+    examples: int,
+) -> Block:
+    """A block in the form that the module's rule gives, from (B, numel) rows, or of zeros without rows."""
+    rule = rule_for(module)
+    if attributes == ("weight",) and rule is embedding:
+        right = (like.new_zeros(examples, like.numel()) if rows[0] is None else rows[0]).view(examples, *like.shape)
+        return Lookup(params, torch.arange(len(like), device=like.device).expand(examples, -1), right, len(like))
+    if "weight" not in attributes or rule not in (linear, conv, conv1d_of_transformers):
+        return Flat(params, like.new_zeros(examples, like.numel()) if rows[0] is None else rows[0])
+    groups = getattr(module, "groups", 1) if rule is conv else 1
+    outputs, inputs = len(like) // groups, like[0].numel() + len(params) - 1
+    if rows[0] is None:
+        return Outer(params, like.new_zeros(examples, groups, 1, outputs), like.new_zeros(examples, groups, 1, inputs))
+    parts = [row.view(examples, groups, outputs, -1) for row in rows if row is not None]
+    # the gradient's own rows as its right factor, and the identity as its left
+    identity = torch.eye(outputs, dtype=like.dtype, device=like.device).expand(examples, groups, -1, -1)
+    return Outer(params, identity, torch.cat(parts, -1))
+
+
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of a module's type, if there is one."""
     for kind in type(module).__mro__:

@@ -119,7 +119,10 @@ class Attributor(ABC):
         if isinstance(train_set, DataLoader) and self.collate is default_collate:
             self.collate = train_set.collate_fn or default_collate
         self._check_model()
+        self._check_size(len(data))
         with phase(self.ledger, "fitting"):
+            if self.store.path is None and self._train_set is not None and data is not self._train_set:
+                self.store = Store(None)
             self.store.claim(
                 {
                     "task": self.task.fingerprint(),
@@ -221,6 +224,9 @@ class Attributor(ABC):
 
     def _finish(self, mean: RunningMean) -> tuple[np.ndarray, np.ndarray]:
         return mean.mean(), mean.stderr()
+
+    def _check_size(self, n_train: int) -> None:  # noqa: B027 - most methods stream
+        """Refuse a training set that is too large for the method and its features."""
 
     # pieces for the methods
 

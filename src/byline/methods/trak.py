@@ -17,19 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from byline.features.base import Rows
+from byline.features.base import Products, Rows
 from byline.methods.base import Attributor, Scorer, Voter, phase
-from byline.methods.kernels import dual, factorise, primal
+from byline.methods.damping import auto
+from byline.methods.kernels import check_room, dual, factorise, primal
 from byline.methods.mean import RunningMean
-
-AUTO = 1.0
-"""What ``damping="auto"`` is: λ = the mean squared norm of the rows.
-
-An example whose gradient is orthogonal to all others then has leverage ‖φ‖²/(‖φ‖² + λ) = 1/2 on average: no output is
-explained by one example alone before the rest of the training set has had as much to say. Agreement between members,
-the obvious criterion without ground truth, rises with the damping without end; this value stays within 5 % of the best
-fixed damping on every case of ``bench/damping.py``.
-"""
 
 _KEPT = 2**30  # bytes of factors that stay in memory
 
@@ -48,9 +40,31 @@ class TRAK(Attributor):
     _with_residuals = True
 
     def _prepare(self) -> None:
-        value = AUTO if self.damping == "auto" else float(self.damping)
-        self.damping_ = {voter.member.name: value for voter in self._voters}
         self._factors: OrderedDict[str, tuple[Tensor, float]] = OrderedDict()
+        self._chosen: dict[str, float] = {}
+        self._products = Products()
+
+    @property
+    def damping_(self) -> dict[str, float]:
+        """Relative damping per member; ``"auto"`` looks at a member's kernel when it is first needed."""
+        self._check_fitted()
+        if self.damping == "auto":
+            for voter in self._voters:
+                if voter.member.identity("gradient") not in self._chosen:
+                    self._factor(voter)
+        return {v.member.name: self._relative(v.member.identity("gradient"), None) for v in self._voters}
+
+    def _relative(self, identity: str, gram: Tensor | None) -> float:
+        if self.damping != "auto":
+            return float(self.damping)
+        if identity not in self._chosen:
+            assert gram is not None
+            self._chosen[identity] = auto(gram, self.n_train_, len(self._voters))
+        return self._chosen[identity]
+
+    def _check_size(self, n_train: int) -> None:
+        if not self.features.linear:
+            check_room(n_train, self.features)
 
     def _in_primal(self, voter: Voter) -> bool:
         return self.features.linear and self._stored(voter).columns < self.n_train_
@@ -66,7 +80,7 @@ class TRAK(Attributor):
             primal_form = self._in_primal(voter)
             gram = primal(stored) if primal_form else dual(self.features, stored, self._products)
             # the trace is that of the dual kernel in either form: Σ_i ‖φ(i)‖²
-            ridge = self.damping_[name] * float(gram.diagonal().double().sum()) / n
+            ridge = self._relative(key, gram) * float(gram.diagonal().double().sum()) / n
             factor = factorise(gram, ridge, name)
             if self.ledger is not None:
                 product = 2 * n * stored.columns**2 if primal_form else n**2 * stored.columns
@@ -133,7 +147,7 @@ class TRAK(Attributor):
 
     def info(self) -> dict[str, Any]:
         """Adds the damping that was used."""
-        chosen = sorted(getattr(self, "damping_", {}).values())
+        chosen = [float(self.damping)] if self.damping != "auto" else sorted(self._chosen.values())
         return {
             **super().info(),
             "damping": self.damping,

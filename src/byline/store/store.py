@@ -44,7 +44,7 @@ class Manifest:
     byline: str = ""
     """Version of the package that wrote it."""
     made_for: dict[str, Any] = field(default_factory=dict)
-    """Fingerprints of the task and the dataset, the features and the batch size of the chunks."""
+    """Fingerprints of the task and the dataset, and the features."""
     features: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Complete members: ``{id: {"arrays": {name: path}, "digests": {name: sha256}, "member": name}}``."""
     state: dict[str, list[str]] = field(default_factory=dict)
@@ -170,7 +170,7 @@ class Store:
         return sum(len(buffer) for buffer in self._memory._store_dict.values())
 
     def _put(self, name: str, value: Tensor) -> None:
-        array = value.detach().cpu().numpy()
+        array = _plain(value).numpy()
         shape = array.shape or (1,)
         made = self.group.create_array(
             name,
@@ -206,7 +206,7 @@ class Writer:
     def append(self, start: int, rows: dict[str, Tensor]) -> None:
         """Write the rows of examples ``start`` onwards; a longer second dimension widens the array with zeros."""
         for name, value in rows.items():
-            data = np.ascontiguousarray(value.detach().cpu().numpy())
+            data = np.ascontiguousarray(_plain(value).numpy())
             if name not in self._arrays:
                 self._arrays[name] = self.store.group.create_array(
                     f"{self.prefix}/{_safe(name)}",
@@ -269,6 +269,12 @@ class StoredRows(dict[str, Tensor]):
     """Rows that know the content they hold: equal ``keys_of`` means equal numbers."""
 
     keys_of: dict[str, str]
+
+
+def _plain(value: Tensor) -> Tensor:
+    """On the CPU; half precisions, which Zarr does not all know, as float32."""
+    value = value.detach().cpu()
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 def _safe(name: str) -> str:
