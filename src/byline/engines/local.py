@@ -168,7 +168,7 @@ def _write(
             advance(copies, f"features of {group[0].name}" + (f" and {copies - 1} more" if copies > 1 else ""))
     for copy, member in enumerate(group):
         identity = member.identity("gradient")
-        store.put_vector("residual", identity, residuals[copy], member.name)
+        store.put_vector("residual", identity, residuals[copy], member.name, flush=False)
         store.put_vector(job.of, identity, values[copy], member.name)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from byline.features.base import seeded
 
 EXAMPLES_PER_FREEDOM = 13.5
-"""It and the exponent were chosen on the first four cases of ``bench/damping.py``, and are judged on the fifth as well."""
+"""It and the exponent were chosen on the first four cases of ``bench/damping.py``; the fifth judges them."""
 
 _EXACT = 1024  # up to this size all eigenvalues are computed
 _STEPS, _PROBES = 32, 4

@@ -17,20 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from byline import batches
 from byline.features.base import Products, Rows
 from byline.methods.base import Attributor, Scorer, Voter, phase
 from byline.methods.damping import auto
 from byline.methods.kernels import check_room, dual, factorise, primal
 from byline.methods.mean import RunningMean
 
-_KEPT = 2**30  # bytes of factors that stay in memory
+_KEPT = 2**28  # bytes of factors that stay in memory
 
 
 class TRAK(Attributor):
     """TRAK under any ensemble.
 
     The standard error comes from the members by the delta method: the kernel's and Q's deviations, and their
-    covariance, to first order. Members that share a trained model count as separate draws in it.
+    covariance, to first order. Forward-only members of one trained model share its kernel and count there once.
 
     Attributes:
         damping_: relative damping per member, as given or as chosen by ``"auto"``, after ``fit``.
@@ -70,7 +71,7 @@ class TRAK(Attributor):
         return self.features.linear and self._stored(voter).columns < self.n_train_
 
     def _factor(self, voter: Voter) -> tuple[Tensor, float]:
-        """Cholesky factor of the damped matrix and its λ; the last ones used are kept, up to a gigabyte."""
+        """Cholesky factor of the damped matrix and its λ; the last ones used are kept, up to 256 MB."""
         name, key = voter.member.name, voter.member.identity("gradient")  # joined ensembles repeat names
         if key in self._factors:
             self._factors.move_to_end(key)
@@ -128,21 +129,19 @@ class TRAK(Attributor):
     def _finish(self, mean: RunningMean) -> tuple[np.ndarray, np.ndarray]:
         assert mean.residual is not None
         kernel, q = mean.mean(), mean.residual.numpy()
-        if mean.moment is not None and not np.isnan(mean.error_factor):
-            assert mean.comoment is not None
-            assert mean.residual_moment is not None
-            spread = mean.residual_moment.numpy()
-            # Var(q̄ k̄) ≈ q̄² Var(k̄) + 2 q̄ k̄ Cov(q̄, k̄) + k̄² Var(q̄)
-            error = mean.moment
-            error *= q**2
-            error += 2 * mean.comoment * q * kernel
-            error += kernel**2 * spread
-            error *= mean.error_factor
-            np.sqrt(np.maximum(error, 0, out=error), out=error)
-        else:
-            only = self._voters[0].residual_variance
-            error = mean.stderr() if only is None else np.abs(kernel) * only.sqrt().numpy()
-        kernel *= q
+        only = self._voters[0].residual_variance
+        error = mean.stderr() if mean.moment is None or np.isnan(mean.error_factor) else mean.moment
+        for start, stop in batches.spans(len(kernel), 256):
+            k = kernel[start:stop]
+            if mean.moment is not None and mean.comoment is not None and mean.residual_moment is not None:
+                # Var(q̄ k̄) ≈ q̄² Var(k̄) + 2 q̄ k̄ Cov(q̄, k̄) + k̄² Var(q̄)
+                square = mean.moment[start:stop] * q**2
+                square += 2 * mean.comoment[start:stop] * q * k
+                square += k**2 * mean.residual_moment.numpy()
+                error[start:stop] = np.sqrt(np.maximum(square * mean.error_factor, 0))
+            elif only is not None:
+                error[start:stop] = np.abs(k) * only.sqrt().numpy()
+            k *= q
         return kernel, error
 
     def info(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Layout of a store::
 
     manifest.json                 what it was made for and what is complete (see `Manifest`)
-    arrays/features/<id>/<name>   one row per training example; one chunk per batch of examples, with crc32c
+    arrays/features/<id>/<name>   one row per training example; chunks of whole batches, with crc32c
     arrays/state/<id>/<name>      what features learnt for a member
     arrays/residual/<id>          (N,) Q of each training example
     arrays/output/<id>            (N,) the output of each training example
@@ -34,6 +34,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import LocalStore, MemoryStore
 
 FORMAT = 1
+_ROWS = 1024  # examples per chunk, as near as whole batches come
 
 
 @dataclass
@@ -135,11 +136,12 @@ class Store:
         self.manifest.features[identity] = {"arrays": arrays, "digests": digests, "member": member}
         self.flush()
 
-    def put_vector(self, kind: str, identity: str, values: Tensor, member: str) -> None:
+    def put_vector(self, kind: str, identity: str, values: Tensor, member: str, flush: bool = True) -> None:
         """Keep one number per training example."""
         self._put(f"{kind}/{identity}", values)
         self.manifest.vectors[f"{kind}/{identity}"] = member
-        self.flush()
+        if flush:
+            self.flush()
 
     def vector(self, kind: str, identity: str) -> Tensor | None:
         """One number per training example, if it is there."""
@@ -202,6 +204,9 @@ class Writer:
         self.store, self.prefix, self.length, self.chunk = store, prefix, length, chunk
         self._arrays: dict[str, Any] = {}
         self._digests: dict[str, Any] = {}
+        # whole chunks are written at once: an array costs about 2 ms per write, however small
+        self.chunk *= max(1, _ROWS // chunk)
+        self._pending: dict[str, tuple[int, list[np.ndarray]]] = {}
 
     def append(self, start: int, rows: dict[str, Tensor]) -> None:
         """Write the rows of examples ``start`` onwards; a longer second dimension widens the array with zeros."""
@@ -217,16 +222,27 @@ class Writer:
                     compressors=[Crc32cCodec()],
                 )
                 self._digests[name] = hashlib.sha256()
-            array = self._arrays[name]
-            if any(new > old for new, old in zip(data.shape[1:], array.shape[1:], strict=True)):
-                array.resize((self.length, *map(max, zip(data.shape[1:], array.shape[1:], strict=True))))
-            place = (slice(start, start + len(data)), *(slice(0, s) for s in data.shape[1:]))
-            array[place] = data
             self._digests[name].update(f"{start}{data.shape}".encode())
             self._digests[name].update(data)
+            first, parts = self._pending.setdefault(name, (start, []))
+            if parts and (parts[0].shape[1:] != data.shape[1:] or start != first + sum(map(len, parts))):
+                self._flush(name)
+                first, parts = self._pending.setdefault(name, (start, []))
+            parts.append(data)
+            if (start + len(data)) % self.chunk == 0:
+                self._flush(name)
+
+    def _flush(self, name: str) -> None:
+        start, parts = self._pending.pop(name)
+        data, array = np.concatenate(parts) if len(parts) > 1 else parts[0], self._arrays[name]
+        if any(new > old for new, old in zip(data.shape[1:], array.shape[1:], strict=True)):
+            array.resize((self.length, *map(max, zip(data.shape[1:], array.shape[1:], strict=True))))
+        array[(slice(start, start + len(data)), *(slice(0, s) for s in data.shape[1:]))] = data
 
     def close(self) -> tuple[dict[str, str], dict[str, str]]:
         """Where each array is, and its digest; an array that another member has too is kept once."""
+        for name in list(self._pending):
+            self._flush(name)
         paths: dict[str, str] = {}
         digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
         known = {
