@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import functools
 import hashlib
@@ -133,6 +134,12 @@ class Task:
         if self._residual is not None:
             residual = self.residual(model, batch)
         return value, _column(residual, batch, "residual").detach()
+
+    def choosing(self, params: ParamFilter) -> Task:
+        """The same task on other parameters."""
+        chosen = copy.copy(self)
+        chosen._params = params if callable(params) or isinstance(params, str) else list(params)
+        return chosen
 
     @property
     def loss_follows_output(self) -> bool:

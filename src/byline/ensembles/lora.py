@@ -51,6 +51,26 @@ class Adapter:
         config = json.loads((folder / "adapter_config.json").read_text())
         return cls(config, load_file(folder / "adapter_model.safetensors"))
 
+    @classmethod
+    def of(cls, value: Any) -> Adapter:
+        """An adapter as it comes: an `Adapter`, a folder as PEFT saves it, or a PEFT model with one adapter.
+
+        Raises:
+            TypeError: anything else.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str | Path):
+            return cls.load(value)
+        if isinstance(value, nn.Module) and len(getattr(value, "peft_config", {})) == 1:
+            from peft import get_peft_model_state_dict
+
+            configs: Any = value.peft_config
+            config, tensors = next(iter(configs.values())), get_peft_model_state_dict(value)
+            plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+            return cls(json.loads(json.dumps(plain, default=str)), {k: v.detach().clone() for k, v in tensors.items()})
+        raise TypeError(f"an adapter is a {type(value).__name__}; expected a folder as PEFT saves it or a PEFT model")
+
     def save(self, path: str | Path) -> None:
         """Write a folder that PEFT reads."""
         from safetensors.torch import save_file
@@ -133,7 +153,7 @@ class LoRA(Ensemble):
 
     Args:
         base: the trained models.
-        adapters: per trained model, a list of adapters: folders as PEFT saves them, or `Adapter` objects.
+        adapters: per trained model, a list of adapters: folders as PEFT saves them, PEFT models, or `Adapter` objects.
     """
 
     kind = "lora"
@@ -148,7 +168,7 @@ class LoRA(Ensemble):
             raise ValueError(f"adapters has {len(adapters)} lists; expected one per trained model, {len(self.base)}")
         if not all(len(a) for a in adapters):
             raise ValueError("adapters has an empty list; expected at least one adapter per trained model")
-        self.adapters = [[a if isinstance(a, Adapter) else Adapter.load(a) for a in row] for row in adapters]
+        self.adapters = [[Adapter.of(a) for a in row] for row in adapters]
 
     def members(self) -> list[Member]:
         """Adapter by adapter within each base member."""

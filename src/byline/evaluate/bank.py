@@ -53,6 +53,12 @@ class Bank:
         """Size of the training set the subsets are drawn from."""
         return self.subsets.shape[1]
 
+    def with_seeds(self, seeds: int) -> Bank:
+        """The bank as it would be with fewer models a subset: a noisier ground truth."""
+        if not 1 <= seeds <= self.outputs.shape[1]:
+            raise ValueError(f"seeds is {seeds}; expected 1 to the bank's {self.outputs.shape[1]}")
+        return Bank(self.subsets, self.outputs[:, :seeds], {**self.metadata, "seeds": seeds})
+
     @property
     def n_test(self) -> int:
         """Number of test examples."""

@@ -25,7 +25,7 @@ from byline.methods.mean import RunningMean
 from byline.progress import bar
 from byline.scores import Scores, matrix
 from byline.store import Store, Stored, StoredRows
-from byline.task import Task
+from byline.task import ParamFilter, Task
 
 Scorer = Callable[[Rows], Tensor]
 """Rows of a test batch -> (B, n_train) what one member says."""
@@ -54,6 +54,7 @@ class Attributor(ABC):
         ensemble: who votes.
         features: how gradients become rows; `Exact` by default.
         damping: λ relative to the mean squared norm of the rows, or ``"auto"``. Methods without curvature ignore it.
+        params: which parameters count, instead of the task's own choice (see `byline.Task`).
         store: a folder in which everything computed is kept and found again; None keeps it in memory.
         batch_size: examples per batch; scores do not depend on it beyond rounding.
         collate: makes a batch of a list of items; torch's default.
@@ -76,6 +77,7 @@ class Attributor(ABC):
         *,
         features: Features | None = None,
         damping: float | str = "auto",
+        params: ParamFilter | None = None,
         store: str | Path | None = None,
         batch_size: int = 256,
         collate: Collate | None = None,
@@ -91,7 +93,7 @@ class Attributor(ABC):
             not isinstance(damping, int | float) or isinstance(damping, bool) or not 0 <= damping < float("inf")
         ):
             raise ValueError(f"damping is {damping!r}; expected 'auto' or a finite number of at least 0")
-        self.task = task
+        self.task = task if params is None else task.choosing(params)
         self.ensemble = as_ensemble(ensemble)
         self.features = Exact() if features is None else features
         self.damping = damping

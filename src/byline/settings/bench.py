@@ -153,6 +153,8 @@ def _measure(
         "models": row.models,
         "members": row.models * row.each,
         "lds": efficacy.mean,
+        # what the same scores get from a noisier ground truth of two models a subset
+        "lds_two_seeds": lds(scores, bank.with_seeds(min(2, bank.outputs.shape[1])), bootstrap=2).mean,
         "interval": list(efficacy.interval),
         "training": _cost(training),
         "fitting": _cost(ledger.fitting),
