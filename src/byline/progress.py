@@ -15,7 +15,7 @@ T = TypeVar("T")
 class Advance(Protocol):
     """Called with the work done since the last call, and what is being done now."""
 
-    def __call__(self, steps: int = 1, doing: str | None = None) -> None:
+    def __call__(self, steps: float = 1, doing: str | None = None) -> None:
         """Move the bar."""
 
 
@@ -30,7 +30,7 @@ def bar(total: int, doing: str, show: bool = True) -> Iterator[Advance]:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(doing, total=total)
 
-        def advance(steps: int = 1, doing: str | None = None) -> None:
+        def advance(steps: float = 1, doing: str | None = None) -> None:
             progress.update(task, advance=steps, description=doing)
 
         yield advance

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -20,6 +18,7 @@ from byline import batches
 from byline.batches import Batch
 from byline.evaluate.bank import Bank, read, write
 from byline.ledger import Cost, Ledger
+from byline.progress import bar
 from byline.training import Run, Trainer
 from byline.training.data import derive, fetch
 
@@ -116,7 +115,7 @@ def retrain(
     parts = [models[start : start + step] for start in range(0, len(models), step)]
     folder = None if path is None else Path(f"{path}.parts")
     done: list[tuple[np.ndarray, Cost]] = []
-    with _bar(progress, len(models)) as advance:
+    with bar(len(models), f"retraining {len(models)} models", progress) as advance:
         for number, part in enumerate(parts):
             file = folder and folder / f"{number:05d}.safetensors"
             if file and file.exists():
@@ -229,19 +228,3 @@ def _describe(train_fn: Any) -> Any:
 
 def _task(task: Any) -> Any:
     return task.fingerprint() if hasattr(task, "fingerprint") else type(task).__qualname__
-
-
-@contextmanager
-def _bar(progress: bool, total: int) -> Iterator[Callable[[float], None]]:
-    columns = (
-        TextColumn("retraining {task.total:.0f} models"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, transient=True) if progress else nullcontext() as bar:
-        if bar is None:
-            yield lambda models: None
-        else:
-            task = bar.add_task("retraining", total=total)
-            yield lambda models: bar.advance(task, models)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils._pytree import tree_map
@@ -24,6 +23,7 @@ from torch.utils._pytree import tree_map
 from byline import batches
 from byline.batches import Batch
 from byline.ledger import Cost, count_flops
+from byline.progress import bar
 from byline.training.data import derive, fetch, order, take
 from byline.training.recipe import Recipe
 
@@ -464,10 +464,5 @@ def _advance(progress: bool | Callable[[float], None], total: int) -> Iterator[C
     if callable(progress):
         yield progress
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) if progress else nullcontext() as bar:
-        if bar is None:
-            yield lambda models: None
-        else:
-            task = bar.add_task("training", total=total)
-            yield lambda models: bar.advance(task, models)
+    with bar(total, "training", progress) as advance:
+        yield advance
