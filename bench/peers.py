@@ -48,7 +48,11 @@ def contestants(models: list[int], dims: list[int]) -> list[dict[str, Any]]:
     """What is run, by method and then by number of models; the first dimension alone for dattri."""
     found: list[dict[str, Any]] = []
     for count in models:
-        for name, features in (("byline Exact()", {"kind": "exact"}), ("byline Factorized(1024)", {"dim": 1024})):
+        for name, features in (
+            ("byline Exact()", {"kind": "exact"}),
+            ("byline Factorized(1024)", {"dim": 1024}),
+            ("byline Factorized(1024, basis='pca')", {"dim": 1024, "basis": "pca"}),
+        ):
             found.append({"worker": "byline", "name": name, "models": count, "features": features})
         for dim in dims:
             if count == 1 or dim == dims[0]:
@@ -285,7 +289,7 @@ Once = Callable[[], "tuple[Callable[[], Any], Callable[[], Any]]"]
 def _byline(job: dict[str, Any], model: Any, states: list[Any], train: Any, test: Any) -> tuple[Once, Figures]:
     import byline
 
-    features = byline.Exact() if job["features"].get("kind") == "exact" else byline.Factorized(job["features"]["dim"])
+    features = byline.Exact() if job["features"].get("kind") == "exact" else byline.Factorized(**job["features"])
 
     def once() -> tuple[Callable[[], Any], Callable[[], Any]]:
         attributor = byline.TRAK(
