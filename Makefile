@@ -30,8 +30,8 @@ format: $(STAMP)  ## Mend style and format
 # written last, so that an install which was interrupted is finished by the next call, and a done one is instant.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install -qq --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	touch $@
 
 clean:  ## Remove what the tools left behind, not the environment and not the runs
