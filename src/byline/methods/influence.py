@@ -21,6 +21,7 @@ from torch import Tensor
 from byline.engines.local import Job, stream_rows
 from byline.engines.workbench import Active, Collate
 from byline.ensembles.base import Ensemble, check_seed
+from byline.ensembles.lora import AdapterChange
 from byline.features import Exact, Features
 from byline.features.base import Rows, State
 from byline.ledger import Ledger
@@ -132,6 +133,14 @@ class Influence(Attributor):
             )
 
     # fitting
+
+    def _check_model(self) -> None:
+        super()._check_model()
+        members = self.ensemble.members()
+        if not self._projected and not any(isinstance(c, AdapterChange) for m in members for c in m.changes):
+            # an adapter's parameters are counted once it is there
+            named = self.task.model.named_parameters()
+            self.solver.check(sum(p.numel() for n, p in named if p.requires_grad and self.task.selects(n)))
 
     @property
     def _projected(self) -> bool:
@@ -254,6 +263,7 @@ class Influence(Attributor):
             "solver": repr(self.solver),
             "curvature": self.curvature,
             "damping": self.damping,
+            "damping_used": self._damping,
             "normalization": self.normalization,
         }
 
