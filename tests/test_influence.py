@@ -1,4 +1,4 @@
-"""Influence functions: closed forms, dense oracles from torch.autograd.functional, and every solver under every ensemble."""
+"""Influence functions: closed forms, dense oracles from torch.autograd, every solver under every ensemble."""
 
 from __future__ import annotations
 
@@ -439,13 +439,10 @@ def test_relatif(mlp, normalization):
     matrix = dense(mlp.model, mlp.x, mlp.y, "ggn")
     test, train = mlp.sides
     solved = np.linalg.solve(matrix + 0.1 * np.trace(matrix) / 43 * np.eye(43), train.loss.T)
-    if normalization == "relatif":
-        norms = np.sqrt((train.loss.T * solved).sum(0))
-    else:
-        norms = np.linalg.norm(solved, axis=0)
+    length = {"relatif": np.sqrt((train.loss.T * solved).sum(0)), "theta-relatif": np.linalg.norm(solved, axis=0)}
     for solver in ("explicit", CG(1e-6)):
         found = scores(mlp.task, mlp.train, mlp.test, solver=solver, normalization=normalization)
-        ref.assert_close(found, -test.output @ solved / norms, 1e-3)
+        ref.assert_close(found, -test.output @ solved / length[normalization], 1e-3)
 
 
 def smooth(model, batch):
@@ -454,7 +451,7 @@ def smooth(model, batch):
 
 @pytest.mark.parametrize("normalization", [None, "relatif", "theta-relatif"])
 @pytest.mark.parametrize("loss", [None, smooth])
-@pytest.mark.parametrize("solver", ["ekfac", "cg", "datainf"])
+@pytest.mark.parametrize("solver", ["ekfac", "explicit"])
 def test_self_influence_is_the_diagonal(voters, solver, loss, normalization):
     """With a loss of its own the store holds ∇ℓ, and ∇f is taken again."""
     attributor = byline.Influence(
@@ -540,7 +537,7 @@ def test_an_indefinite_hessian_is_refused(solver):
     x, y = (torch.stack(part) for part in zip(*data, strict=True))
     values = np.linalg.eigvalsh(dense(model, x, y, "hessian"))
     assert values.sum() > 0 > values[0] + 1e-3 * values.mean()
-    with pytest.raises(ValueError, match='(not positive definite|diverges).*(curvature="ggn"|solver="cg")'):
+    with pytest.raises(ValueError, match=r'(not positive definite|diverges).*(curvature="ggn"|solver="cg")'):
         scores(byline.Task(model), data, data, solver=solver, curvature="hessian", damping=1e-3)
 
 
@@ -561,7 +558,7 @@ def test_explicit_refuses_large_models_before_any_work(monkeypatch):
 
 @pytest.mark.parametrize("task", [{"output": lambda m, b: m(b[0])[:, 0]}, {"loss": smooth}])
 def test_ggn_without_a_likelihood_is_refused(mlp, task):
-    with pytest.raises(ValueError, match="curvature is 'ggn', which needs the likelihood .* use curvature='fisher'"):
+    with pytest.raises(ValueError, match=r"curvature is 'ggn', which needs the likelihood .* use curvature='fisher'"):
         byline.Influence(byline.Task(mlp.model, **task), byline.Independent([mlp.model]))
 
 
