@@ -88,8 +88,8 @@ class Problem:
     def gradients(self, samples: int | None = 1) -> Iterator[tuple[dict[str, Block], Tensor]]:
         """Blocks of gradients r with weights w (B,), batch by batch, with ``H = (1/n) Σ w r rᵀ``, exactly or expected.
 
-        Fisher: r = ∇ℓ. GGN of regression: r = ∇f. GGN of a classification: r = ∇ℓ with labels drawn from the model's
-        own prediction, whose second moment is expected to be the GGN (Martens 2020, section 8).
+        Fisher: r = ∇ℓ. GGN of regression: r = ∇f. GGN of a classification: r = ∇ℓ with labels drawn by the model's
+        own prediction, whose weighted second moment is expected to be the GGN (Martens 2020, section 8).
 
         Args:
             samples: labels drawn per example; None takes every label, weighted by its probability (one token only).
@@ -105,24 +105,34 @@ class Problem:
                 continue
             with torch.no_grad():
                 logits, token = task.natural(model, batch)
-                p = logits.softmax(-1)
+                p = logits.double().softmax(-1)
             # the mean over T tokens has weights 1/T, and its gradient's second moment is 1/T of the GGN
             scale = token.sum(1) / token.square().sum(1)
-            labels = self._labels(p, start, samples)
-            for number, label in enumerate(labels):
-                blocks = self.active.capture("loss")(task.relabelled(batch, label), "loss")[2]
-                yield blocks, scale / samples if samples else p[:, 0, number]
+            for labels, weight in self._labels(p, start, samples):
+                blocks = self.active.capture("loss")(task.relabelled(batch, labels), "loss")[2]
+                yield blocks, scale * weight.to(scale)
             start += len(p)
 
-    def _labels(self, p: Tensor, start: int, samples: int | None) -> Iterator[Tensor]:
-        """(B, T) labels, drawn by one number per example and token, whatever the batch size."""
+    def _labels(self, p: Tensor, start: int, samples: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Labels (B, T) and their weights (B,); drawn by one number per example and token, whatever the batch size.
+
+        One token's label is drawn with a chance in proportion to ``p_c ‖e_c - p‖``, the length of its part of the GGN
+        in the logits, and weighted by p over that chance. Drawn from p itself, the labels of a model that has
+        memorised its examples would nearly all be their own, and nearly all gradients 0. Over several tokens that is
+        not open: the cross terms between tokens cancel under p alone.
+        """
         size, tokens, classes = p.shape
         if samples is None:
-            assert tokens == 1, "every label of every token at once is no gradient of one loss"
             for label in range(classes):
-                yield torch.full((size, 1), label, device=p.device)
+                yield torch.full((size, 1), label, device=p.device), p[:, 0, label]
             return
-        cumulated = p.double().cumsum(-1)
+        chance = p
+        if tokens == 1:
+            others = p.square().sum(-1, keepdim=True) - p.square()
+            chance = p * ((1 - p).square() + others.clamp_min(0)).sqrt()
+            chance = torch.where(chance.sum(-1, keepdim=True) > 1e-12, chance, p)
+            chance = chance / chance.sum(-1, keepdim=True)
+        cumulated = chance.cumsum(-1)
         for sample in range(samples):
             drawn = torch.stack(
                 [
@@ -130,7 +140,9 @@ class Problem:
                     for i in range(size)
                 ]
             ).to(p.device)
-            yield (cumulated < drawn.unsqueeze(-1)).sum(-1).clamp_max(classes - 1)
+            labels = (cumulated < drawn.unsqueeze(-1)).sum(-1).clamp_max(classes - 1)
+            weight = (p / chance.clamp_min(1e-300)).gather(-1, labels.unsqueeze(-1))[..., 0] if tokens == 1 else None
+            yield labels, p.new_full((size,), 1 / samples) if weight is None else weight[:, 0] / samples
 
     def trace(self) -> float:
         """tr(H): exact for all that is small, else Hutchinson's for the Hessian and by drawn labels for the GGN."""
