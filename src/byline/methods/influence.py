@@ -12,11 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from byline.engines.local import Job, stream_rows
 from byline.engines.workbench import Active, Collate
@@ -50,13 +52,14 @@ class Influence(Attributor):
 
             - "ggn": generalised Gauss-Newton, ``Jᵀ (diag p - p pᵀ) J`` of the logits for cross-entropy (the mean over
               the target tokens for language modelling), ``∇f ∇fᵀ`` for regression. Named outputs with their own
-              loss only. "kfac", "ekfac" and "datainf" take labels drawn from the model's prediction for it, seeded.
+              loss only. "kfac", "ekfac" and "datainf" take labels drawn by the model's prediction for it, seeded.
             - "fisher": the empirical Fisher, the second moment of ∇ℓ.
             - "hessian": of the loss itself; "explicit", "cg", "lissa" and "arnoldi" only. Where ``H + λI`` is not
               positive definite they refuse.
         damping: λ as a multiple of the mean eigenvalue tr(H)/P over all attributed parameters together, the same for
-            every layer. "auto" is 0.1: the customary factor of the literature (Grosse et al. 2023, appendix D.5,
-            per layer there), not a value tuned on byline's cases.
+            every layer. "auto" is 0.1, the customary factor (of each layer's own mean eigenvalue, there). On digits-mlp
+            alone has it been looked at: among 0.01, 0.1, …, 1000 it had the best LDS of "ekfac" for one model and for
+            one model under ten masks, and 4 % less than the best, 0.01, for five models.
         normalization: None; "relatif" divides by ``√(∇ℓ(i)ᵀ (H + λI)⁻¹ ∇ℓ(i))``, which the paper calls ℓ-RelatIF;
             "theta-relatif" divides by ``‖(H + λI)⁻¹ ∇ℓ(i)‖``, its θ-RelatIF. 0 where ∇ℓ(i) is 0. Either applies the
             inverse to every training gradient too.
@@ -157,7 +160,8 @@ class Influence(Attributor):
             with self._bench.active(voter.member, "gradient") as active:
                 problem = self._problem(voter, active)
                 self.solver.check(problem.layout.size)
-                state = self.solver.fit(problem)
+                with self._counted("fitting"):
+                    state = self.solver.fit(problem)
             _check_finite(state, voter)
             self.store.put_state(key, state)
 
@@ -185,6 +189,16 @@ class Influence(Attributor):
     def _damping(self) -> float:
         return AUTO_DAMPING if self.damping == "auto" else float(self.damping)
 
+    @contextmanager
+    def _counted(self, phase: str) -> Iterator[None]:
+        """Tell the ledger what a solver takes, whatever its number of steps; eigendecompositions are not counted."""
+        if self.ledger is None:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self.ledger.add_flops(phase, counter.get_total_flops())
+
     # scores
 
     def _applied(self, voter: Voter, active: Active) -> tuple[Callable[[Rows], Tensor], Inverse]:
@@ -201,7 +215,8 @@ class Influence(Attributor):
         inverse = self.solver.inverse(problem, state, self._damping)
 
         def checked(vectors: Tensor) -> Tensor:
-            out = inverse(vectors)
+            with self._counted("serving"):
+                out = inverse(vectors)
             if not out.isfinite().all():
                 raise ValueError(
                     f"solver={self.solver.name!r} gave numbers that are not finite for {voter.member.name}; "
