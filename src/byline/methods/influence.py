@@ -14,12 +14,13 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from byline import batches
 from byline.engines.local import Job, stream_rows
 from byline.engines.workbench import Active, Collate
 from byline.ensembles.base import Ensemble, check_seed
@@ -31,11 +32,23 @@ from byline.methods.base import Attributor, Voter
 from byline.methods.curvature import CURVATURES, SOLVERS, Problem, Solver
 from byline.methods.curvature.base import Inverse
 from byline.methods.curvature.explicit import Explicit, cholesky, solve
+from byline.store import Stored
 from byline.task import Task
 
 AUTO_DAMPING = 0.1
 _NUMBERS = 2**25  # of a block of flat gradients in memory
 _NORMALIZATIONS = (None, "relatif", "theta-relatif")
+
+
+class Rowed(NamedTuple):
+    """How rows of features are read."""
+
+    vectors: Callable[[Rows], Tensor]
+    """Rows -> (B, P)."""
+    products: Callable[[Tensor, Rows], Tensor]
+    """(B, P) and N rows -> (B, N) inner products."""
+    widest: int = 1
+    """Numbers per pair of examples that stand in memory between the two factors of a block."""
 
 
 class Influence(Attributor):
@@ -201,8 +214,8 @@ class Influence(Attributor):
 
     # scores
 
-    def _applied(self, voter: Voter, active: Active) -> tuple[Callable[[Rows], Tensor], Inverse]:
-        """What makes flat vectors of rows, and what preconditions them."""
+    def _applied(self, voter: Voter, active: Active) -> tuple[Rowed, Inverse]:
+        """What reads rows as vectors, and what preconditions those."""
         state: State | None = self.store.state(self._curvature_key(voter))
         assert state is not None, "fit keeps the curvature of every member"
         if self._projected:
@@ -210,7 +223,8 @@ class Influence(Attributor):
             factor = cholesky(matrix, self._damping * float(matrix.diagonal().double().mean()))
             if factor is None:
                 raise ValueError(f"damping is too small: the curvature of {voter.member.name} is singular")
-            return lambda rows: rows["rows"], lambda vectors: solve(factor, vectors)
+            plain = Rowed(lambda rows: rows["rows"], lambda vectors, rows: vectors @ rows["rows"].T.to(vectors))
+            return plain, lambda vectors: solve(factor, vectors)
         problem = self._problem(voter, active)
         inverse = self.solver.inverse(problem, state, self._damping)
 
@@ -224,27 +238,33 @@ class Influence(Attributor):
                 )
             return out
 
-        return problem.layout.of_rows, checked
+        layout = problem.layout
+        return Rowed(layout.of_rows, layout.products, max(part.shape[1] for part in layout.parts)), checked
 
     def _votes(self, voter: Voter, job: Job, shared: set[str]) -> Iterator[tuple[int, int, Tensor]]:
         stored, scale = self._stored(voter), self._loss_scale(voter)
         with self._bench.active(voter.member, "gradient") as active:
-            flat, inverse = self._applied(voter, active)
-            norms = None if self.normalization is None else self._train_norms(stored, flat, inverse)
+            read, inverse = self._applied(voter, active)
+            norms = None if self.normalization is None else self._train_norms(stored, read.vectors, inverse)
             factor = _factor(scale, norms)
             for start, stop, rows in stream_rows(job, voter.member, self._state(voter), self._bench, active):
-                votes = torch.cat([self._against(inverse(part), stored, flat) for part in _parts(rows, flat)])
+                votes = torch.cat([self._against(inverse(part), stored, read) for part in _parts(rows, read.vectors)])
                 yield start, stop, votes if factor is None else votes * factor.to(votes)
 
-    def _against(self, vectors: Tensor, stored: Any, flat: Callable[[Rows], Tensor]) -> Tensor:
+    def _against(self, vectors: Tensor, stored: Stored, read: Rowed) -> Tensor:
         """(B, n_train) products of preconditioned test gradients with the stored ones."""
         if self.ledger is not None:
             self.ledger.add_flops("serving", 2.0 * vectors.numel() * self.n_train_)
-        step = max(1, min(1024, _NUMBERS // vectors.shape[1]))
-        parts = [vectors @ flat(stored.read(a, b)).T.to(vectors) for a, b in self._chunks(stored, step)]
+        # small enough for the gradients of a slice, or for what stands between the two factors
+        step = max(1, _NUMBERS // max(vectors.shape[1], read.widest * len(vectors)))
+        parts = []
+        for start, stop in self._chunks(stored):
+            rows = stored.read(start, stop)
+            for a, b in batches.spans(stop - start, step):
+                parts.append(read.products(vectors, {name: value[a:b] for name, value in rows.items()}))
         return torch.cat(parts, 1)
 
-    def _train_norms(self, stored: Any, flat: Callable[[Rows], Tensor], inverse: Inverse) -> Tensor:
+    def _train_norms(self, stored: Stored, flat: Callable[[Rows], Tensor], inverse: Inverse) -> Tensor:
         """(n_train,) what RelatIF divides by, of the stored rows (∇f where the loss follows the output)."""
         out = []
         for a, b in self._chunks(stored):
@@ -260,13 +280,13 @@ class Influence(Attributor):
         stored, scale = self._stored(voter), self._loss_scale(voter)
         job = self._job(self._train_set, "train_set", "output")
         with self._bench.active(voter.member, "gradient") as active:
-            flat, inverse = self._applied(voter, active)
-            norms = None if self.normalization is None else self._train_norms(stored, flat, inverse)
+            read, inverse = self._applied(voter, active)
+            norms = None if self.normalization is None else self._train_norms(stored, read.vectors, inverse)
             factor = _factor(scale, norms)
             dots = []
             for start, stop, rows in stream_rows(job, voter.member, self._state(voter), self._bench, active):
-                solved = [inverse(part) for part in _parts(rows, flat)]
-                others = _parts(stored.read(start, stop), flat)
+                solved = [inverse(part) for part in _parts(rows, read.vectors)]
+                others = _parts(stored.read(start, stop), read.vectors)
                 dots += [(x * y.to(x)).sum(1) for x, y in zip(solved, others, strict=True)]
         found = torch.cat(dots)
         return found if factor is None else found * factor.to(found)

@@ -52,20 +52,22 @@ class Layout:
 
     def of_rows(self, rows: Rows) -> Tensor:
         """(B, size) from the rows of `Exact` features."""
-        out = []
+        return torch.cat([_part_of(part, rows) for part in self.parts], 1)
+
+    def products(self, vectors: Tensor, rows: Rows) -> Tensor:
+        """(B, N) inner products of vectors (B, size) with the gradients behind N rows of `Exact` features."""
+        total = vectors.new_zeros(len(vectors), len(next(iter(rows.values()))))
         for part in self.parts:
-            if f"{part.name}:flat" in rows:
-                out.append(rows[f"{part.name}:flat"])
-            elif f"{part.name}:ids" in rows:
-                ids, right = rows[f"{part.name}:ids"], rows[f"{part.name}:right"]
-                out.append(Lookup(part.params, ids, right, part.shape[1]).rows())
-            else:
-                left, right = rows[f"{part.name}:left"], rows[f"{part.name}:right"]
-                if left.shape[1:3] == (1, 1):
-                    out.append((left[:, 0, 0, :, None] * right[:, 0, 0, None, :]).flatten(1))
-                else:
-                    out.append(Outer(part.params, left, right).rows())
-        return torch.cat(out, 1)
+            own = vectors[:, part.start : part.stop]
+            left = rows.get(f"{part.name}:left")
+            if left is None or left.shape[1:3] != (1, 1):
+                total.addmm_(own, _part_of(part, rows).to(own).T)
+                continue
+            # of one position, l ⊗ r need not be formed: lᵀ V r
+            right = rows[f"{part.name}:right"][:, 0, 0].to(own)
+            middle = (own.reshape(-1, part.shape[2]) @ right.T).view(len(own), part.shape[1], -1)
+            total += middle.mul_(left[:, 0, 0].to(own).T).sum(1)
+        return total
 
     def to_params(self, vectors: Tensor) -> dict[str, Tensor]:
         """(k, size) as one (k, ...) per parameter."""
@@ -93,6 +95,16 @@ class Layout:
             else:
                 out.append(own[0].flatten(1))
         return torch.cat(out, 1)
+
+
+def _part_of(part: Part, rows: Rows) -> Tensor:
+    """(B, n) one block's gradients from its rows."""
+    if f"{part.name}:flat" in rows:
+        return rows[f"{part.name}:flat"]
+    right = rows[f"{part.name}:right"]
+    if f"{part.name}:ids" in rows:
+        return Lookup(part.params, rows[f"{part.name}:ids"], right, part.shape[1]).rows()
+    return Outer(part.params, rows[f"{part.name}:left"], right).rows()
 
 
 def _shape(block: Block) -> tuple[int, int, int]:
