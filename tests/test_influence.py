@@ -434,9 +434,9 @@ class Masked(nn.Module):
         return x * self.mask
 
 
-@pytest.mark.parametrize("solver", ["explicit", "cg", "arnoldi"])
-def test_masks_are_tied_between_curvature_training_and_test_gradients(voters, solver):
-    expected = []
+def fixed_models(voters):
+    """The members of the dropout ensemble as models of their own, their masks written into them."""
+    out = []
     for member in voters.ensembles["dropout"].members():
         bench = Workbench(voters.task, voters.train)
         with bench.active(member, "gradient") as active, torch.no_grad():
@@ -444,13 +444,30 @@ def test_masks_are_tied_between_curvature_training_and_test_gradients(voters, so
         assert 0 < int((mask == 0).sum()) < 5
         fixed = copy.deepcopy(voters.task.model)
         fixed[2] = Masked(mask)
+        out.append(fixed)
+    return out
+
+
+@pytest.mark.parametrize("solver", ["explicit", "cg", "arnoldi"])
+def test_masks_are_tied_between_curvature_training_and_test_gradients(voters, solver):
+    x, y = (torch.stack(part) for part in zip(*voters.train, strict=True))
+    expected = []
+    for fixed in fixed_models(voters):
         sides = [ref.side(fixed, part, ref.classification) for part in (voters.test, voters.train)]
-        x, y = (torch.stack(part) for part in zip(*voters.train, strict=True))
         expected.append(influence(dense(fixed, x, y, "ggn"), *sides, 0.1))
     found = byline.Influence(
         voters.task, voters.ensembles["dropout"], solver=PRECISE[solver], damping=0.1, progress=False
     ).fit(voters.train)
     ref.assert_close(found.attribute(voters.test).values, np.mean(expected, 0), 1e-3)
+
+
+@pytest.mark.parametrize("solver", ["kfac", "ekfac", "datainf"])
+def test_masks_are_tied_layer_by_layer_and_in_drawn_labels(voters, solver):
+    votes = [scores(byline.Task(m), voters.train, voters.test, solver=solver) for m in fixed_models(voters)]
+    found = byline.Influence(
+        voters.task, voters.ensembles["dropout"], solver=solver, damping=0.1, progress=False
+    ).fit(voters.train)  # fmt: skip
+    ref.assert_close(found.attribute(voters.test).values, np.mean(votes, 0), 1e-3)
 
 
 def test_forward_only_is_refused(voters):
