@@ -443,7 +443,7 @@ def fixed_models(voters):
             mask = active.model[2](torch.ones(1, 5))[0].clone()
         assert 0 < int((mask == 0).sum()) < 5
         fixed = copy.deepcopy(voters.task.model)
-        fixed[2] = Masked(mask)
+        fixed[2] = Masked(mask).eval()
         out.append(fixed)
     return out
 
