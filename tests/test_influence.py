@@ -540,6 +540,8 @@ def test_the_store_keeps_the_curvature(mlp, tmp_path, monkeypatch):
     # λ is no part of what is kept, and one solver's factors are not another's
     assert np.abs(run(damping=1.0) - first).max() > 0
     assert np.abs(run(damping=1.0) - other).max() > 0
+    few, many = (run(solver=Arnoldi(top, 40)) for top in (2, 20))
+    assert np.abs(few - many).max() > 1e-2 * np.abs(many).max()
 
 
 def test_info_says_how_and_a_ledger_counts(mlp):
