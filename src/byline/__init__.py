@@ -11,7 +11,7 @@ from byline.evaluate.lds import LDS, lds
 from byline.evaluate.retraining import Bank, retrain
 from byline.features import Dense, Exact, Factorized, Nystrom
 from byline.ledger import Ledger
-from byline.methods import TRAK, GradCos, GradDot, TracIn
+from byline.methods import TRAK, GradCos, GradDot, Influence, TracIn
 from byline.scores import Scores
 from byline.task import Task
 from byline.training import Recipe, Trainer, train_many
@@ -30,6 +30,7 @@ __all__ = [
     "GradCos",
     "GradDot",
     "Independent",
+    "Influence",
     "Ledger",
     "LoRA",
     "Nystrom",

@@ -141,6 +141,28 @@ class Task:
         chosen._params = params if callable(params) or isinstance(params, str) else list(params)
         return chosen
 
+    def natural(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the named loss is a negative log-likelihood of: its natural parameters, and how much each one weighs.
+
+        Args:
+            model: the member's model.
+            batch: the examples.
+
+        Returns:
+            logits (B, T, C), or predictions (B, 1, 1) for regression; weights (B, T) with ``ℓ = Σ_t w_t nll_t``.
+        """
+        before_forward.get()()
+        return self._output.natural(*self._output.predict(model, batch))
+
+    def relabelled(self, batch: Batch, labels: Tensor) -> Batch:
+        """The batch with the labels (B, T) in place of its own, aligned with the logits of `natural`."""
+        return self._output.relabelled(batch, labels)
+
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether the loss is that of a named output, so that its generalised Gauss-Newton matrix is known."""
+        return self._loss is None and not isinstance(self._output, _Called)
+
     @property
     def loss_follows_output(self) -> bool:
         """Whether -∇ℓ = Q ∇f holds exactly, so that one stored gradient serves both sides of every method."""
@@ -271,6 +293,12 @@ class _Output:
         evaluation = self.evaluate(*self.predict(model, batch))
         return (evaluation.output if of == "output" else -evaluation.loss), evaluation.residual
 
+    def natural(self, prediction: Tensor, target: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def relabelled(self, batch: Batch, labels: Tensor) -> Batch:
+        raise NotImplementedError
+
     def describe(self) -> str:
         return next(name for name, kind in _NAMED.items() if isinstance(self, kind))
 
@@ -315,6 +343,12 @@ class _Classification(_Output):
         f = margin(prediction, labels)
         return Evaluation(f, F.softplus(-f), torch.sigmoid(-f.detach()))
 
+    def natural(self, prediction: Tensor, target: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        return prediction.unsqueeze(1), prediction.new_ones(len(prediction), 1)
+
+    def relabelled(self, batch: Batch, labels: Tensor) -> Batch:
+        return _with_target(batch, labels[:, 0])
+
 
 class _Regression(_Output):
     loss_follows_output = True
@@ -326,9 +360,14 @@ class _Regression(_Output):
         difference = f - target.reshape(f.shape).to(f.dtype)
         return Evaluation(f, difference.square() / 2, -difference.detach())
 
+    def natural(self, prediction: Tensor, target: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        f = _column(prediction, batch, "prediction")
+        return f[:, None, None], torch.ones_like(f).unsqueeze(1)
+
 
 class _LanguageModeling(_Output):
-    def evaluate(self, prediction: Tensor, target: Any, batch: Batch) -> Evaluation:
+    def _aligned(self, prediction: Tensor, target: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, the labels they predict, and the weight of each token in the mean."""
         if prediction.ndim != 3:
             raise ValueError(
                 f"the model's logits have shape {tuple(prediction.shape)}; language-modeling expects "
@@ -347,13 +386,32 @@ class _LanguageModeling(_Output):
         if not torch._C._functorch.is_batchedtensor(count) and (count == 0).any():
             position = int((count == 0).nonzero()[0, 0])
             raise ExampleError(position, "has no target token (all are padding or -100); expected at least one")
-        weight = (~ignored).to(logits.dtype) / count.unsqueeze(1)
-        f = margin(logits, labels.masked_fill(ignored, 0))
+        return logits, labels.masked_fill(ignored, 0), (~ignored).to(logits.dtype) / count.unsqueeze(1)
+
+    def evaluate(self, prediction: Tensor, target: Any, batch: Batch) -> Evaluation:
+        logits, labels, weight = self._aligned(prediction, target, batch)
+        f = margin(logits, labels)
         return Evaluation(
             (f * weight).sum(1),
             (F.softplus(-f) * weight).sum(1),
             (torch.sigmoid(-f.detach()) * weight).sum(1),
         )
+
+    def natural(self, prediction: Tensor, target: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits, _, weight = self._aligned(prediction, target, batch)
+        return logits, weight
+
+    def relabelled(self, batch: Batch, labels: Tensor) -> Batch:
+        _, _, target = self.split(batch)
+        if not isinstance(batch, Mapping) and target is not None:
+            return _with_target(batch, labels.masked_fill(target == -100, -100))
+        own = self._own_labels(batch) if target is None else target
+        # the label of a token stands one place to its right, and the first token is never predicted
+        shifted = torch.cat([labels.new_full((len(labels), 1), -100), labels], 1).masked_fill(own == -100, -100)
+        if isinstance(batch, Mapping):
+            return _with_target(batch, shifted)
+        ids = batch if isinstance(batch, Tensor) else batch[0]
+        return ids, torch.cat([shifted[:, 1:], shifted.new_full((len(ids), 1), -100)], 1)
 
     @staticmethod
     def _own_labels(batch: Batch) -> Tensor:
@@ -387,6 +445,13 @@ class _Called(_Output):
 
     def describe(self) -> str:
         return _source(self.function)
+
+
+def _with_target(batch: Batch, target: Tensor) -> Batch:
+    if isinstance(batch, Mapping):
+        key = next((k for k in _TARGET_KEYS if k in batch), "labels")
+        return {**batch, key: target}
+    return (*batch[:-1], target)
 
 
 def _kind(value: Any) -> str:

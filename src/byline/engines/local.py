@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -249,9 +249,14 @@ def _write_residuals(job: Job, members: Sequence[Member], store: Store, bench: W
             advance(1, f"residuals of {member.name}")
 
 
-def stream_rows(job: Job, member: Member, state: State, bench: Workbench) -> Iterator[tuple[int, int, Rows]]:
-    """(start, stop, rows) of a dataset that is not kept: test examples, or training examples from their other side."""
-    with bench.active(member, "gradient") as active:
+def stream_rows(
+    job: Job, member: Member, state: State, bench: Workbench, active: Active | None = None
+) -> Iterator[tuple[int, int, Rows]]:
+    """(start, stop, rows) of a dataset that is not kept: test examples, or training examples from their other side.
+
+    Pass ``active`` where the member is on the workbench already: its changes must not be applied twice.
+    """
+    with bench.active(member, "gradient") if active is None else nullcontext(active) as active:
         capture = active.capture(job.of)
         for start, stop in job.spans():
             batch = job.batch(start, stop, bench.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from byline.engines.local import Job, learn, member_key, stream_rows, write_feat
 from byline.engines.workbench import Collate, Workbench
 from byline.ensembles.base import Ensemble, Member, as_ensemble, check_count
 from byline.features import Exact, Features
-from byline.features.base import Products, Rows
+from byline.features.base import Products, Rows, State
 from byline.ledger import Ledger
 from byline.methods.mean import RunningMean
 from byline.progress import bar
@@ -171,11 +171,9 @@ class Attributor(ABC):
             shared = self._shared()
             self._products = Products(shared)
             for voter in self._voters:
-                scorer = self._scorer(voter)
                 mean.begin(voter.weight, voter.residual)
-                state = learn(self._job(self._train_set, "train_set", self._of), voter.member, self.store, self._bench)
-                for start, stop, rows in stream_rows(job, voter.member, state, self._bench):
-                    mean.add(start, stop, scorer(self._keyed(rows, voter, shared)))
+                for start, stop, votes in self._votes(voter, job, shared):
+                    mean.add(start, stop, votes)
                     advance(1, f"scores of {voter.member.name}")
             values, stderr = self._finish(mean)
         return Scores(values, stderr, self.info())
@@ -213,9 +211,15 @@ class Attributor(ABC):
     _with_residuals = False
     """Whether members vote on Q and on the kernel apart (TRAK)."""
 
-    @abstractmethod
     def _scorer(self, voter: Voter) -> Scorer:
         """What one member says of a batch of test rows."""
+        raise NotImplementedError
+
+    def _votes(self, voter: Voter, job: Job, shared: set[str]) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, scores) of one member, test batch by test batch."""
+        scorer = self._scorer(voter)
+        for start, stop, rows in stream_rows(job, voter.member, self._state(voter), self._bench):
+            yield start, stop, scorer(self._keyed(rows, voter, shared))
 
     @abstractmethod
     def _self(self, voter: Voter) -> Tensor:
@@ -246,6 +250,10 @@ class Attributor(ABC):
         assert found is not None, "fit writes the features of every member"
         return found
 
+    def _state(self, voter: Voter) -> State:
+        """What the features learnt from the training set for a member."""
+        return learn(self._job(self._train_set, "train_set", self._of), voter.member, self.store, self._bench)
+
     def _chunks(self, stored: Stored, size: int = 1024) -> list[tuple[int, int]]:
         return batches.spans(self.n_train_, size)
 
@@ -269,11 +277,10 @@ class Attributor(ABC):
         stored = self._stored(voter)
         if self._of == "output":
             return self._norms(stored)
-        state = learn(self._job(self._train_set, "train_set", self._of), voter.member, self.store, self._bench)
         job = self._job(self._train_set, "train_set", "output")
         parts = [
             self.features.diagonal(rows, stored.read(start, stop))
-            for start, stop, rows in stream_rows(job, voter.member, state, self._bench)
+            for start, stop, rows in stream_rows(job, voter.member, self._state(voter), self._bench)
         ]
         return torch.cat(parts)
 

@@ -1,0 +1,145 @@
+"""K-FAC: a Kronecker product per layer (Martens & Grosse 2015; Grosse & Martens 2016 for convolutions).
+
+    H ≈ ⊕_layers (N/n) · A ⊗ S,   A = E[x xᵀ],  S = E[g gᵀ]
+    (H + λI)⁻¹ V = Q_S [(Q_Sᵀ V Q_A) / ((N/n) · σ αᵀ + λ)] Q_Aᵀ
+
+x the inputs of a layer and g the gradients of its outputs at the N positions of the n examples, Q and α, σ from their
+eigendecompositions. λ is added to the product itself, not split between the factors. Positions count as independent
+(the "expand" form); of a classification's GGN the labels are drawn from the model.
+
+What has no such factors: a bias that stands alone, a norm, or a parameter that fell back to autograd gets its dense
+second moment up to 512 entries, and its diagonal beyond. An embedding's left factor is diagonal over the ids. A factor
+wider than 4096 is replaced by its diagonal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from byline.features.base import State
+from byline.features.blocks import Block, Flat, Lookup
+from byline.methods.curvature.base import Inverse, Problem, Solver
+
+_DENSE = 512
+_WIDEST = 4096
+
+
+@dataclass
+class _Moments:
+    """Sums over the training set of one block's factors; a factor kept as its diagonal has one dimension less."""
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+    positions: float = 0.0
+
+
+class KFAC(Solver):
+    """Kronecker factors.
+
+    Args:
+        samples: labels drawn per example for the GGN of a classification; None takes every label, weighted by its
+            probability (classification alone: as many passes as there are classes).
+    """
+
+    name = "kfac"
+    curvatures = ("ggn", "fisher")
+
+    def __init__(self, samples: int | None = 1):
+        if samples is not None and samples < 1:
+            raise ValueError(f"samples is {samples!r}; expected None or an int of at least 1")
+        self.samples = samples
+
+    def describe(self) -> dict[str, int | None]:
+        """The number of drawn labels."""
+        return {"samples": self.samples}
+
+    def fit(self, problem: Problem) -> State:
+        """Bases (none where a factor is diagonal) and eigenvalues of every block."""
+        if self.samples is None and problem.job.task.name == "language-modeling":
+            raise ValueError("samples is None, which asks for every label of every token; expected an int")
+        moments: dict[str, _Moments] = {part.name: _Moments() for part in problem.layout.parts}
+        for blocks, weight in problem.gradients(self.samples):
+            for name, block in blocks.items():
+                _add(moments[name], block, weight)
+        state: State = {}
+        for part in problem.layout.parts:
+            found = moments.pop(part.name)
+            assert found.right is not None
+            right, basis = _eigen(found.right)
+            if basis is not None:
+                state[f"{part.name}/right"] = basis
+            if found.left is None:
+                values = right.unsqueeze(-2) / problem.n
+            else:
+                left, basis = _eigen(found.left)
+                if basis is not None:
+                    state[f"{part.name}/left"] = basis
+                values = left.unsqueeze(-1) * right.unsqueeze(-2) / (problem.n * max(found.positions, 1e-30))
+            state[f"{part.name}/values"] = values.expand(part.shape).contiguous().float()
+        return state
+
+    def inverse(self, problem: Problem, state: State, damping: float) -> Inverse:
+        """Divide in each block's eigenbasis."""
+        values = {part.name: state[f"{part.name}/values"] for part in problem.layout.parts}
+        ridge = problem.ridge(sum(float(v.double().sum()) for v in values.values()), damping)
+        largest = max(float(v.max()) for v in values.values())
+        if min(float(v.min()) for v in values.values()) + ridge <= 1e-12 * largest or largest == 0:
+            raise ValueError(f"damping is too small: the curvature of {problem.name} is singular; raise damping")
+
+        def apply(vectors: Tensor) -> Tensor:
+            out = torch.empty_like(vectors)
+            for part in problem.layout.parts:
+                own = vectors[:, part.start : part.stop].reshape(-1, *part.shape)
+                turned = turn(own, state, part.name) / (values[part.name].to(own) + ridge)
+                out[:, part.start : part.stop] = turn(turned, state, part.name, back=True).flatten(1)
+            return out
+
+        return apply
+
+
+def turn(matrices: Tensor, state: State, name: str, back: bool = False) -> Tensor:
+    """(B, G, o, i) into a block's eigenbasis, or out of it."""
+    left, right = state.get(f"{name}/left"), state.get(f"{name}/right")
+    if left is not None:
+        left = left.to(matrices)
+        matrices = (left if back else left.mT) @ matrices
+    if right is not None:
+        right = right.to(matrices)
+        matrices = matrices @ (right.mT if back else right)
+    return matrices
+
+
+def _add(moments: _Moments, block: Block, weight: Tensor) -> None:
+    """Add a batch's Σ w r rᵀ of each factor."""
+    if isinstance(block, Flat):
+        moments.right = _sum(moments.right, block.grad.unsqueeze(1).unsqueeze(2), weight, _DENSE)
+        return
+    tokens = block.right.shape[-2]
+    moments.positions += float(weight.sum()) * tokens
+    if isinstance(block, Lookup):
+        counts = torch.zeros(1, block.n, dtype=torch.float64, device=block.right.device)
+        counts.view(-1).index_add_(0, block.ids.flatten(), weight.double().repeat_interleave(tokens))
+        moments.left = counts if moments.left is None else moments.left + counts
+        moments.right = _sum(moments.right, block.right.unsqueeze(1), weight, _WIDEST)
+        return
+    moments.left = _sum(moments.left, block.left, weight, _WIDEST)
+    moments.right = _sum(moments.right, block.right, weight, _WIDEST)
+
+
+def _sum(total: Tensor | None, factor: Tensor, weight: Tensor, widest: int) -> Tensor:
+    """Σ over examples and positions of a factor (B, G, T, d) with itself: (G, d, d), or (G, d) if that is too wide."""
+    flat = factor.transpose(0, 1).flatten(1, 2)
+    weighted = (factor * weight.view(-1, 1, 1, 1)).transpose(0, 1).flatten(1, 2)
+    found = (weighted * flat).sum(1) if factor.shape[-1] > widest else weighted.mT @ flat
+    return found.double() if total is None else total.add_(found)
+
+
+def _eigen(moment: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues (G, d), and eigenvectors (G, d, d) where the moment is no diagonal."""
+    if moment.ndim == 2:
+        return moment, None
+    values, vectors = torch.linalg.eigh(moment)
+    return values.clamp_min(0), vectors.float()
