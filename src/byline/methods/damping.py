@@ -23,8 +23,9 @@ from byline.features.base import seeded
 EXAMPLES_PER_FREEDOM = 13.5
 """It and the exponent were chosen on the first four cases of ``bench/damping.py``; the fifth judges them."""
 
-_EXACT = 1024  # up to this size all eigenvalues are computed
-_STEPS, _PROBES = 32, 4
+_EXACT = 512  # up to this size all eigenvalues are computed
+_STEPS = 32
+_PROBES = 4  # at least; small matrices average less by themselves, and more probes cost them little
 
 
 def auto(gram: Tensor, n: int, members: int = 1) -> float:
@@ -61,7 +62,8 @@ def _spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
     if size <= _EXACT:
         values = torch.linalg.eigvalsh(gram.double()).clamp_min(0)
         return values, torch.ones_like(values)
-    start = torch.randint(2, (size, _PROBES), generator=seeded(0, "lanczos", size)).to(gram) * 2 - 1
+    probes = _PROBES * max(1, 2048 // size)
+    start = torch.randint(2, (size, probes), generator=seeded(0, "lanczos", size)).to(gram) * 2 - 1
     basis = [start / start.norm(dim=0)]
     diagonal, side = [], []
     for step in range(_STEPS):
@@ -78,5 +80,5 @@ def _spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
     off = torch.stack(side, 1).double()
     tridiagonal += torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
     values, vectors = torch.linalg.eigh(tridiagonal)
-    weights = vectors[:, 0].square() * size / _PROBES
+    weights = vectors[:, 0].square() * size / probes
     return values.clamp_min(0).flatten(), weights.flatten()
