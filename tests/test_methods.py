@@ -238,3 +238,18 @@ def test_a_ledger_changes_no_score(many):
     plain = fitted(byline.TRAK, many.task, byline.Independent(many.models[:2]), many.train)
     told = fitted(byline.TRAK, many.task, byline.Independent(many.models[:2]), many.train, ledger=ledger)
     assert (plain.attribute(many.test).values == told.attribute(many.test).values).all()
+
+
+@pytest.mark.parametrize("method", [byline.TRAK, byline.GradDot, byline.GradCos, byline.TracIn, byline.Influence])
+def test_every_method_takes_the_choice_of_parameters(method):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3)).eval()
+    data = torch.utils.data.TensorDataset(torch.randn(12, 5), torch.randint(0, 3, (12,)))
+    ensemble, damping = byline.Independent([model]), 0.1
+
+    def scores(task, **options):
+        return method(task, ensemble, damping=damping, progress=False, **options).fit(data).attribute(data).values
+
+    chosen = scores(byline.Task(model), params=["2.*"])
+    np.testing.assert_allclose(chosen, scores(byline.Task(model, params=["2.*"])), rtol=1e-5, atol=1e-7)
+    assert not np.allclose(chosen, scores(byline.Task(model)), rtol=1e-2)

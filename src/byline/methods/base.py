@@ -68,7 +68,6 @@ class Attributor(ABC):
 
     train_side: ClassVar[str] = "loss"
     """Whose gradient is taken at the training example: "output", or "loss" for -∇ℓ."""
-    name: ClassVar[str] = ""
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from byline.engines.local import stream_rows
 from byline.features.base import Rows
 from byline.methods.base import Attributor, Scorer, Voter
 
@@ -62,11 +63,10 @@ class GradCos(GradDot):
 
     def _output_norms(self, voter: Voter) -> Tensor:
         """(n_train,) squared norms of ∇f at the training examples, where the store holds ∇ℓ."""
-        from byline.engines.local import learn, stream_rows
-
-        state = learn(self._job(self._train_set, "train_set", self._of), voter.member, self.store, self._bench)
         job = self._job(self._train_set, "train_set", "output")
-        parts = [self.features.diagonal(r, r) for _, _, r in stream_rows(job, voter.member, state, self._bench)]
+        parts = [
+            self.features.diagonal(r, r) for _, _, r in stream_rows(job, voter.member, self._state(voter), self._bench)
+        ]
         return torch.cat(parts)
 
 
