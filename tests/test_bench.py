@@ -92,7 +92,7 @@ def test_a_second_run_makes_nothing_again(
 
     monkeypatch.setattr(Trainer, "many", never)
     monkeypatch.setattr("byline.settings.workshop.train_lora", never)
-    monkeypatch.setattr("byline.settings.bench.TRAK", never)
+    monkeypatch.setattr("byline.TRAK.fit", never)
     again = run(small(), folder, rows=SMALL, bank_recipe=BANK, command="byline demo")
     assert again["rows"] == result["rows"]
     assert again["examples"] == result["examples"]

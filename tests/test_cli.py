@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import byline
 from byline import cli
+from byline.report import terminal
 from test_report import make_result
 
 runner = CliRunner()
@@ -105,7 +106,7 @@ def test_data_list_and_fetch() -> None:
 def test_the_table_is_readable_at_any_width(width: int) -> None:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     result = make_result()
-    cli.show(result, console)
+    terminal.show(result, console)
     text = console.export_text()
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width

@@ -28,9 +28,6 @@ app.add_typer(data_app, name="data")
 
 _debug = False
 
-TABLE_WIDTH = 108
-"""Narrower terminals get lines instead of a table: columns must not be folded into unreadable strips."""
-
 
 def _version(value: bool) -> None:
     if value:
@@ -56,10 +53,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON,
 def demo(out: Out = Path("runs/demo"), quick: Quick = False, as_json: AsJson = False) -> None:
     """Train, attribute, retrain and compare on handwritten digits: needs no data and no network."""
     command = ["byline", "demo", *(["--quick"] if quick else []), "--out", str(out)]
-    _compare("digits-mlp", out or Path("runs/demo"), quick, as_json, None, command)
+    _compare("digits-mlp", out or Path("runs/demo"), quick, as_json, command)
 
 
-@app.command(epilog="Example:  byline bench fashion-mlp --out runs/fashion")
+@app.command(epilog="Example:  byline bench fashion-mlp --methods trak,grad-cos --ensembles independent-5,dropout-1x10")
 def bench(
     setting: Annotated[str | None, typer.Argument(help="Name of a benchmark, see --list.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the benchmarks.")] = False,
@@ -67,10 +64,22 @@ def bench(
     quick: Quick = False,
     as_json: AsJson = False,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Folder of IDX files (MNIST's format) to use instead.")
+        Path | None, typer.Option("--data", help="Folder of IDX (MNIST's format) or CIFAR-10 binary files to use.")
     ] = None,
+    width: Annotated[int | None, typer.Option(help="Width of a ResNet's first layer; 64 is the paper's.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, by comma, or all: see `byline methods`.")] = None,
+    ensembles: Annotated[
+        str | None, typer.Option(help="Ensembles, by comma: independent-5, dropout-1x10:p=0.5, lora-1x4, noise-1x10 …")
+    ] = None,
+    measures: Annotated[
+        str | None, typer.Option(help="Measures, by comma: lds, mislabel, class, overlap, loo, removal, brittleness.")
+    ] = None,
+    queries: Annotated[int | None, typer.Option(help="How many test examples; all when left out.")] = None,
 ) -> None:
-    """Compare all ensembles on a named benchmark; writes results.json and report.html."""
+    """Compare ensembles on a benchmark; with --methods or --ensembles, methods × ensembles by every measure.
+
+    Writes results.json and report.html, or grid.json and grid.html.
+    """
     from byline import settings
 
     if list_:
@@ -87,8 +96,36 @@ def bench(
         "--out",
         str(folder),
         *(["--data", str(data)] if data else []),
+        *(["--width", str(width)] if width else []),
     ]
-    _compare(setting, folder, quick, as_json, data, ["byline", "bench", setting, *options])
+    command = ["byline", "bench", setting, *options]
+    asked = {"--methods": methods, "--ensembles": ensembles, "--measures": measures, "--queries": queries}
+    if all(value is None for value in asked.values()):
+        _compare(setting, folder, quick, as_json, command, data, width)
+        return
+    command += [part for name, value in asked.items() if value is not None for part in (name, str(value))]
+    names = {
+        "method_names": None if methods in (None, "all") else _names(methods),
+        "ensembles": _names(ensembles),
+        "measures": _names(measures),
+        "queries": queries,
+    }
+    _compare(setting, folder, quick, as_json, command, data, width, names)
+
+
+@app.command("methods", epilog="Example:  byline methods --json")
+def list_methods(as_json: AsJson = False) -> None:
+    """List the attribution methods: what each is, what it needs, and where it comes from."""
+    from byline.methods.registry import methods
+
+    if as_json:
+        typer.echo(json.dumps([info.to_dict() for info in methods()], ensure_ascii=False))
+        return
+    _list({info.name: f"{info.title}: {info.description} ({info.citation})" for info in methods()}, False)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
 @data_app.command("list", epilog="Example:  byline data list")
@@ -143,85 +180,42 @@ def _fetch(name: str, to: Path | None) -> str:
     return f"{name} is in {found.source}."
 
 
-def _compare(name: str, out: Path, quick: bool, as_json: bool, data: Path | None, command: list[str]) -> None:
+def _compare(
+    name: str,
+    out: Path,
+    quick: bool,
+    as_json: bool,
+    command: list[str],
+    data: Path | None = None,
+    width: int | None = None,
+    grid: Mapping[str, Any] | None = None,
+) -> None:
     """What demo and bench share: run, write the report, show the table."""
     console = Console(stderr=as_json)
     with _one_sentence():
         from byline import report, settings
-        from byline.settings.bench import run, with_data
+        from byline.report import terminal
 
-        setting = settings.get(name)
-        if data is not None:
-            setting = with_data(setting, data)
+        if grid is None:
+            from byline.settings.bench import run
+        else:
+            from byline.settings.grid import run  # type: ignore[assignment]
         result = run(
-            setting,
+            settings.get(name).variant(data, width),
             out,
             quick=quick,
             command=shlex.join(command),
             tell=lambda sentence: console.print(f"[dim]{escape(sentence)}[/dim]", highlight=False),
             progress=sys.stderr.isatty() and sys.stdout.isatty(),
+            **(grid or {}),
         )
-        path = report.build(result, out / "report.html")
+        path = report.build(result, out / ("report.html" if grid is None else "grid.html"))
     if as_json:
         typer.echo(json.dumps(result))
         return
-    show(result, console)
-    console.print(f"\nReport: [bold]{escape(str(path))}[/bold]  (numbers: {escape(str(out / 'results.json'))})")
-
-
-def show(result: Mapping[str, Any], console: Console) -> None:
-    """Prints the rows and the verdict: a table, or a few lines a row where the terminal is too narrow for one."""
-    from byline.report.words import verdict
-
-    rows = [_cells(row) for row in result["rows"]]
-    console.print()
-    if console.width >= TABLE_WIDTH:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        table.add_column("ensemble", overflow="fold")
-        for heading in ("LDS", "as good as"):
-            table.add_column(heading)
-        for heading in ("training", "serving a query", "space"):
-            table.add_column(heading, justify="right")
-        for name, lds, equal, *costs in rows:
-            table.add_row(f"[bold]{name}[/bold]", lds, equal, *("\n".join(cost) for cost in costs))
-        console.print(table)
-    else:
-        for name, lds, equal, *costs in rows:
-            console.print(f"[bold]{name}[/bold]  LDS {lds}", highlight=False)
-            for what, cost in zip(("training", "serving", "space"), costs, strict=True):
-                console.print(f"  [dim]{what}[/dim] {'  '.join(cost)}", highlight=False)
-            if equal != "–":
-                console.print(f"  [dim]as good as[/dim] {equal} [dim]trained independently[/dim]")
-    bank = result["bank"]
-    console.print(
-        f"\n[dim]Truth: {bank['subsets']} subsets × {bank['seeds']} seeds. Percentages compare with independently "
-        "trained models of equal LDS; ≥ where no such ensemble that was run is as good, then with the largest."
-        "[/dim]",
-        highlight=False,
-    )
-    console.print(f"\n{escape(verdict(result))}", highlight=False)
-
-
-def _cells(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Name, LDS, the naive ensemble of equal LDS, and (cost, share saved) of training, serving and space."""
-    from byline.ledger import human_bytes, human_flops, human_seconds
-    from byline.report.words import as_good_as, percent
-
-    saved = row["saved"] or {}
-    low, high = row["interval"]
-
-    def cost(part: str) -> tuple[str, ...]:
-        if part == "space":
-            words = human_bytes(row["space"])
-        else:
-            words = f"{human_flops(row[part]['flops'])}, {human_seconds(row[part]['seconds'])}"
-        if saved.get(part) is None:
-            return (words,)
-        colour = "green" if saved[part] > 0 and saved["bound"] != "below" else "yellow"
-        return words, f"[{colour}]{percent(saved[part], saved['bound'])}[/{colour}]"
-
-    lds = f"[bold]{row['lds']:.3f}[/bold] [dim]{low:.2f} to {high:.2f}[/dim]"
-    return escape(row["name"]), lds, as_good_as(row), cost("training"), cost("serving"), cost("space")
+    (terminal.show if grid is None else terminal.show_grid)(result, console)
+    numbers = out / ("results.json" if grid is None else "grid.json")
+    console.print(f"\nReport: [bold]{escape(str(path))}[/bold]  (numbers: {escape(str(numbers))})")
 
 
 def _list(items: Mapping[str, str], as_json: bool) -> None:

@@ -16,8 +16,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from byline.ledger import human_bytes, human_flops, human_seconds
+from byline.report.grid import grid_content
 from byline.report.picture import data_uri
-from byline.report.plots import GLYPHS, KIND_NAMES, figures, marker, style
+from byline.report.plots import GLYPHS, figures, legend, marker, style
 from byline.report.words import as_good_as, percent, verdict
 
 
@@ -25,7 +26,7 @@ def build(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Writes the report of a comparison as one HTML file and returns its path.
 
     Args:
-        result: what `byline.settings.bench.run` returns and writes as `results.json`.
+        result: what `byline.settings.bench.run` or `byline.settings.grid.run` returns and writes as JSON.
         path: where to write; the folder is made if there is none.
     """
     target = Path(path)
@@ -49,30 +50,34 @@ def render(result: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     assets = Path(__file__).parent / "assets"
-    rows = result["rows"]
-    bank = result.get("bank", {})
-    return environment.get_template("report.html.j2").render(
+    grid = result.get("kind") == "grid"
+    return environment.get_template("grid.html.j2" if grid else "report.html.j2").render(
         setting=result["setting"],
-        verdict=verdict(result),
         facts=_facts(result),
-        rows=_rows(rows, bank.get("ceiling")),
-        plots=figures(rows),
-        legend=[
-            {"name": KIND_NAMES.get(kind, kind), "style": style(kind), "glyph": GLYPHS[marker(kind)]}
-            for kind in dict.fromkeys(row["kind"] for row in rows)
-        ],
-        examples=[_example(example) for example in result.get("examples", [])],
-        has_bounds={(row.get("saved") or {}).get("bound") for row in rows},
-        level=f"{bank.get('level', 0.95) * 100:g} %",
-        ceiling=bank.get("ceiling"),
+        level=f"{result.get('bank', {}).get('level', 0.95) * 100:g} %",
         notes=result.get("notes", []),
         environment=result.get("environment", {}),
         command=result.get("command", ""),
+        numbers="grid.json" if grid else "results.json",
         # These three are our own files and plotly's, not data: they go in as they are.
         css=Markup((assets / "report.css").read_text(encoding="utf-8")),
         script=Markup((assets / "report.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
+        **(grid_content(result) if grid else _content(result)),
     )
+
+
+def _content(result: Mapping[str, Any]) -> dict[str, Any]:
+    rows, bank = result["rows"], result.get("bank", {})
+    return {
+        "verdict": verdict(result),
+        "rows": _rows(rows, bank.get("ceiling")),
+        "plots": figures(rows),
+        "legend": legend(rows),
+        "examples": [_example(example) for example in result.get("examples", [])],
+        "has_bounds": {(row.get("saved") or {}).get("bound") for row in rows},
+        "ceiling": bank.get("ceiling"),
+    }
 
 
 def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:

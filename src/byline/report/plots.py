@@ -50,6 +50,12 @@ def style(kind: str) -> str:
     return kind.replace(" ", "-") if kind in KINDS else "other"
 
 
+def legend(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Every kind of ensemble among the rows, with its marker."""
+    kinds = dict.fromkeys(row["kind"] for row in rows)
+    return [{"name": KIND_NAMES.get(k, k), "style": style(k), "glyph": GLYPHS[marker(k)]} for k in kinds]
+
+
 AXES: tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], float], Callable[[float], str]], ...] = (
     ("training", "Training", "training cost, FLOPs", lambda row: row["training"]["flops"], human_flops),
     ("serving", "Serving", "serving cost per query, FLOPs", lambda row: row["serving"]["flops"], human_flops),
@@ -69,13 +75,21 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One figure an axis: `{"key", "title", "alt", "figure"}`, the last being plotly's data and layout."""
-    return [_figure(rows, *axis) for axis in AXES]
+def figures(rows: Sequence[Mapping[str, Any]], measure: str = "LDS", dense: bool = False) -> list[dict[str, Any]]:
+    """One figure an axis: `{"key", "title", "alt", "figure"}`, the last being plotly's data and layout.
+
+    Args:
+        rows: with the measure under "lds".
+        measure: its name.
+        dense: there are many points: only those on the front get a label, and no line joins the naive ensembles.
+    """
+    return [_figure(rows, measure, dense, *axis) for axis in AXES]
 
 
 def _figure(
     rows: Sequence[Mapping[str, Any]],
+    measure: str,
+    dense: bool,
     key: str,
     title: str,
     axis: str,
@@ -101,17 +115,18 @@ def _figure(
                 "meta": "front",
             }
         )
-    positions = _label_positions(points, [_short(row) for row in shown])
+    labels = [("" if dense and i not in front else row.get("label") or _short(row)) for i, row in enumerate(shown)]
+    positions = _label_positions(points, labels)
     for kind in dict.fromkeys(row["kind"] for row in shown):
         mine = [i for i, row in enumerate(shown) if row["kind"] == kind]
         data.append(
             {
                 "type": "scatter",
-                "mode": "lines+markers+text" if kind == "independent" else "markers+text",
+                "mode": "lines+markers+text" if kind == "independent" and not dense else "markers+text",
                 "name": html.escape(str(kind)),
                 "x": [points[i][0] for i in mine],
                 "y": [points[i][1] for i in mine],
-                "text": [html.escape(_short(shown[i])) for i in mine],
+                "text": [html.escape(labels[i]) for i in mine],
                 "textposition": [positions[i] for i in mine],
                 "textfont": {"size": 11},
                 "line": {"width": 1},
@@ -124,21 +139,21 @@ def _figure(
                     "width": 3,
                 },
                 "marker": {"symbol": marker(kind), "size": 10},
-                "hovertext": [_hover(shown[i]) for i in mine],
+                "hovertext": [_hover(shown[i], measure) for i in mine],
                 "hovertemplate": "%{hovertext}<extra></extra>",
                 "meta": style(kind),
             }
         )
     layout = {
         "xaxis": {"type": "log", "title": {"text": axis}, **_log_axis(points, human)},
-        "yaxis": {"title": {"text": "LDS"}, "nticks": 7},
+        "yaxis": {"title": {"text": measure}, "nticks": 7},
         "showlegend": False,
         "margin": {"l": 52, "r": 14, "t": 10, "b": 48},
         "hovermode": "closest",
         "dragmode": False,
     }
-    best = [f"{shown[i]['name']} (LDS {shown[i]['lds']:.3f}, {human(points[i][0])})" for i in front]
-    alt = f"LDS against {axis}. On the Pareto front, by rising cost: {'; '.join(best) or 'nothing'}."
+    best = [f"{shown[i]['name']} ({measure} {shown[i]['lds']:.3f}, {human(points[i][0])})" for i in front]
+    alt = f"{measure} against {axis}. On the Pareto front, by rising cost: {'; '.join(best) or 'nothing'}."
     return {"key": key, "title": title, "alt": alt, "figure": {"data": data, "layout": layout}}
 
 
@@ -168,7 +183,7 @@ def _short(row: Mapping[str, Any]) -> str:
     return str(models) if row["kind"] == "independent" else f"{models}×{max(members // max(models, 1), 1)}"
 
 
-def _hover(row: Mapping[str, Any]) -> str:
+def _hover(row: Mapping[str, Any], measure: str) -> str:
     saved = row.get("saved") or {}
     bound = saved.get("bound", "equal")
 
@@ -179,7 +194,7 @@ def _hover(row: Mapping[str, Any]) -> str:
     low, high = row["interval"]
     lines = [
         f"<b>{html.escape(str(row['name']))}</b>",
-        f"LDS {row['lds']:.3f} ({low:.3f} to {high:.3f})",
+        f"{measure} {row['lds']:.3f} ({low:.3f} to {high:.3f})",
         line(
             "training",
             f"{human_flops(row['training']['flops'])}, {human_seconds(row['training']['seconds'])}",

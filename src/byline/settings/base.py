@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -46,9 +47,11 @@ class Setting:
         recipe: How its models are trained.
         bank_recipe: How its ground truth is made.
         output: The output that is attributed, as `byline.Task` takes it.
-        image_shape: (height, width) of an example, when it is a picture.
+        image_shape: (height, width) or (3, height, width) of an example, when it is a picture.
         pixel_range: The values that stand for black and white.
         class_names: Names of the labels, in their order.
+        on_folder: ``on_folder(setting, folder)`` gives the setting on the data files of a folder, where it reads files.
+        at_width: ``at_width(setting, width)`` gives it with a wider or narrower model, where the model has a width.
     """
 
     name: str
@@ -58,9 +61,11 @@ class Setting:
     recipe: Recipe
     bank_recipe: BankRecipe = field(default_factory=BankRecipe)
     output: Any = "classification"
-    image_shape: tuple[int, int] | None = None
+    image_shape: tuple[int, ...] | None = None
     pixel_range: tuple[float, float] = (0.0, 1.0)
     class_names: tuple[str, ...] = field(default=(), repr=False)
+    on_folder: Callable[[Setting, Path], Setting] | None = field(default=None, repr=False)
+    at_width: Callable[[Setting, int], Setting] | None = field(default=None, repr=False)
 
     @cached_property
     def _data(self) -> Data:
@@ -83,3 +88,22 @@ class Setting:
     def trainer(self, **options: Any) -> Trainer:
         """Trains this setting's models; `options` are the other fields of `Trainer`."""
         return Trainer(self.build, self.recipe, self.task().loss, **options)
+
+    def variant(self, folder: Path | None = None, width: int | None = None) -> Setting:
+        """The setting on other data files, at another width, or itself.
+
+        Raises:
+            ValueError: If the setting reads no files, or its model has no width.
+        """
+        setting = self
+        if folder is not None:
+            if setting.on_folder is None:
+                raise ValueError(f"{self.name} brings its own data; --data is for settings that read picture files")
+            setting = setting.on_folder(setting, folder)
+        if width is not None:
+            if setting.at_width is None:
+                raise ValueError(f"the model of {self.name} has one width; --width is for settings with a ResNet")
+            if width < 1:
+                raise ValueError(f"width is {width}; expected at least 1")
+            setting = setting.at_width(setting, width)
+        return setting

@@ -13,7 +13,7 @@ import math
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 import byline
-from byline.ensembles import Dropout, Ensemble, Independent, LoRA, Trajectory, WeightNoise
 from byline.evaluate.bank import Bank
 from byline.evaluate.lds import lds, noise_ceiling
 from byline.evaluate.savings import add_savings
@@ -30,6 +29,7 @@ from byline.ledger import Cost, Ledger
 from byline.methods import TRAK
 from byline.scores import Scores
 from byline.settings.base import BankRecipe, Setting
+from byline.settings.members import ensemble_of, models_needed
 from byline.settings.rows import Row, rows_of
 from byline.settings.workshop import Tell, Trained, Workshop, save_json
 
@@ -68,7 +68,7 @@ def run(
     rows = rows_of(setting.name, quick) if rows is None else rows
     recipe = bank_recipe or (QUICK_BANK if quick else setting.bank_recipe)
     shop = Workshop(setting, folder, tell, progress)
-    needed = max((row.models for row in rows if row.kind != "trajectory"), default=0)
+    needed = models_needed(rows)
     models = shop.models(needed) if needed else []
     bank = shop.bank(recipe)
     chosen, predicted = _queries(setting, models)
@@ -79,6 +79,7 @@ def run(
         measured.append(
             shop.row(
                 lambda row=row: _measure(shop, row, models, bank, chosen, progress),  # type: ignore[misc]
+                TRAK,
                 row=row.to_dict(),
                 models=needed,
                 bank=asdict(recipe),
@@ -98,8 +99,8 @@ def run(
         "quick": quick,
         "bank": {
             **asdict(recipe),
-            "ceiling": _number(ceiling),
-            "split_half": _number(split_half),
+            "ceiling": finite(ceiling),
+            "split_half": finite(split_half),
             "level": LEVEL,
             "cost": bank.metadata.get("cost"),
         },
@@ -113,33 +114,12 @@ def run(
     return result
 
 
-def _ensemble(shop: Workshop, row: Row, models: Sequence[Trained]) -> tuple[Ensemble, Cost, int]:
-    """The members of a row, what training them cost, and the bytes of weights they keep."""
-    if row.kind == "trajectory":
-        runs = shop.runs(row.models, row.each)
-        weights = sum(_bytes(state) for one in runs for state in one.weights)
-        return Trajectory([list(one.weights) for one in runs]), _sum(one.cost for one in runs), weights
-    used = models[: row.models]
-    base, cost = Independent([model.state for model in used]), _sum(model.cost for model in used)
-    weights = sum(_bytes(model.state) for model in used)
-    if row.kind == "independent":
-        return base, cost, weights
-    if row.kind == "weight noise":
-        return WeightNoise(base, draws=row.each, **row.options), cost, weights
-    if row.kind == "lora":
-        adapters, extra = shop.adapters(used, row.each, row.options)
-        small = sum(_bytes(adapter.tensors) for of_model in adapters for adapter in of_model)
-        return LoRA(base, adapters=adapters), cost + extra, weights + small
-    forward_only = row.kind == "forward-only"
-    return Dropout(base, masks=row.each, forward_only=forward_only, **row.options), cost, weights
-
-
 def _measure(
     shop: Workshop, row: Row, models: Sequence[Trained], bank: Bank, chosen: Sequence[int], progress: bool
 ) -> dict[str, Any]:
     """Fits and attributes one ensemble: LDS, costs, and the strongest examples of the chosen queries."""
     setting = shop.setting
-    ensemble, training, weights = _ensemble(shop, row, models)
+    ensemble, training, weights = ensemble_of(shop, row, models)
     ledger, queries = Ledger(), len(setting.test_set)
     attributor = TRAK(setting.task(), ensemble, features=Exact(), damping="auto", ledger=ledger, progress=progress)
     attributor.fit(setting.train_set)
@@ -156,9 +136,9 @@ def _measure(
         # what the same scores get from a noisier ground truth of two models a subset
         "lds_two_seeds": lds(scores, bank.with_seeds(min(2, bank.outputs.shape[1])), bootstrap=2).mean,
         "interval": list(efficacy.interval),
-        "training": _cost(training),
-        "fitting": _cost(ledger.fitting),
-        "serving": _cost(ledger.serving.scaled(1 / queries)),
+        "training": plain(training),
+        "fitting": plain(ledger.fitting),
+        "serving": plain(ledger.serving.scaled(1 / queries)),
         "space": weights + features,
         "space_parts": {"weights": weights, "features": features},
         "damping": scores.info.get("damping_median"),
@@ -171,7 +151,7 @@ def _strongest(scores: Scores, query: int) -> dict[str, list[dict[str, Any]]]:
     top = scores.top(min(STRONGEST, scores.shape[1]))[query]
     return {
         side: [
-            {"index": int(index), "score": float(score), "stderr": _number(error)}
+            {"index": int(index), "score": float(score), "stderr": finite(error)}
             for index, score, error in zip(ranked.indices, ranked.scores, ranked.stderr, strict=True)
             if sign * score > 0
         ]
@@ -281,38 +261,11 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def _cost(cost: Cost) -> dict[str, float]:
+def plain(cost: Cost) -> dict[str, float]:
+    """A cost as JSON."""
     return {"flops": cost.flops, "seconds": cost.seconds, "wall": cost.wall}
 
 
-def _sum(costs: Any) -> Cost:
-    return sum(costs, Cost())
-
-
-def _bytes(state: dict[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-
-
-def _number(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """JSON has no NaN."""
     return float(value) if math.isfinite(value) else None
-
-
-def with_data(setting: Setting, folder: str | os.PathLike[str]) -> Setting:
-    """The setting on the IDX files (the format of MNIST) of a folder, instead of its own data.
-
-    Raises:
-        ValueError: If the setting does not read image files.
-    """
-    from byline.settings import data, fashion
-
-    if setting.load is not fashion.load:
-        raise ValueError(f"{setting.name} brings its own data; --data is for settings that read image files")
-    images = data.mnist(Path(folder))
-    official = Path(folder).resolve() == data.DEBIAN_FASHION
-    return replace(
-        setting,
-        description=f"{setting.description} Here with the images in {folder}.",
-        load=lambda: fashion.first(images),
-        class_names=setting.class_names if official else tuple(str(label) for label in range(10)),
-    )

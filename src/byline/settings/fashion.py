@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from byline.settings.base import Setting
-from byline.settings.data import FASHION_CLASSES, Images, fashion_mnist
+from byline.settings.data import DEBIAN_FASHION, FASHION_CLASSES, Images, fashion_mnist, mnist
 from byline.training import Recipe
 
 TRAIN, TEST = 5000, 500
@@ -37,6 +40,17 @@ def load() -> tuple[TensorDataset, TensorDataset]:
     return first(fashion_mnist())
 
 
+def on_folder(setting: Setting, folder: Path) -> Setting:
+    """The setting on the IDX files (the format of MNIST) of a folder."""
+    images = mnist(folder)
+    return replace(
+        setting,
+        description=f"{setting.description} Here with the images in {folder}.",
+        load=lambda: first(images),
+        class_names=FASHION_CLASSES if folder.resolve() == DEBIAN_FASHION else tuple(str(label) for label in range(10)),
+    )
+
+
 def build() -> nn.Module:
     """A 784-128-64-10 ReLU network with dropout 0.1."""
     return nn.Sequential(
@@ -59,4 +73,5 @@ fashion_mlp = Setting(
     image_shape=(28, 28),
     pixel_range=(-MEAN / STD, (1 - MEAN) / STD),
     class_names=FASHION_CLASSES,
+    on_folder=on_folder,
 )

@@ -7,6 +7,7 @@ they are a default and not a choice made after looking.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -96,3 +97,51 @@ ROWS: dict[str, tuple[Row, ...]] = {"digits-mlp": FULL, "fashion-mlp": FULL}
 def rows_of(name: str, quick: bool = False) -> tuple[Row, ...]:
     """The rows a setting is compared on."""
     return QUICK if quick else ROWS.get(name, FULL)
+
+
+_OPTIONS: dict[str, Mapping[str, Any]] = {"lora": ADAPTERS, "weight noise": {"scale": 0.6}}
+_SHORT = {"noise": "weight noise"}
+
+
+def parse(text: str) -> Row:
+    """A row by its name on the command line.
+
+    Args:
+        text: the kind (independent, dropout, forward-only, lora, noise, trajectory), the models, and what is
+            drawn from each: ``independent-5``, ``dropout-1x10``, ``trajectory-1x5``. Options follow after a colon:
+            ``dropout-5x10:p=0.3``.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    found = re.fullmatch(r"([a-z -]+?)-(\d+)(?:x(\d+))?(?::(.+))?", text.strip().lower())
+    kind = _SHORT.get(found[1], found[1]) if found else None
+    if found is None or kind not in KINDS:
+        raise ValueError(f"ensemble {text!r}: expected one such as independent-5, dropout-1x10, lora-1x4, noise-1x10")
+    models, each = int(found[2]), int(found[3] or 1)
+    options = dict(_OPTIONS.get(kind, {}))
+    if kind in ("dropout", "forward-only"):
+        options.update(ONE if models == 1 else MANY)
+    for item in (found[4] or "").split(","):
+        name, _, value = item.partition("=")
+        if not item:
+            continue
+        if name not in options:
+            raise ValueError(f"ensemble {text!r} has the option {name!r}; {kind} takes {sorted(options) or 'none'}")
+        try:
+            options[name] = type(options[name])(value)
+        except ValueError:
+            raise ValueError(f"ensemble {text!r}: {name} is {value!r}; expected a number") from None
+    return Row(kind, models, each, options)
+
+
+GRID: tuple[str, ...] = (
+    "independent-1",
+    "independent-5",
+    "dropout-1x10",
+    "forward-only-1x10",
+    "lora-1x4",
+    "noise-1x10",
+    "trajectory-1x5",
+)
+"""The ensembles of a grid of methods, when none are named."""

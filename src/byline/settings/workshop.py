@@ -13,6 +13,7 @@ what was made for this one: it makes its own, beside it.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -33,7 +34,9 @@ from byline.ensembles.lora import Adapter, inject, train_lora
 from byline.evaluate.bank import Bank, read, write
 from byline.evaluate.retraining import retrain
 from byline.ledger import Cost, Ledger, count_flops
+from byline.methods import Attributor
 from byline.settings.base import BankRecipe, Setting
+from byline.training.batched import learning_rates
 from byline.training.data import fetch, take
 
 StateDict = dict[str, Tensor]
@@ -85,6 +88,16 @@ class Workshop:
     def runs(self, count: int, checkpoints: int) -> list[Trained]:
         """Runs of as many epochs as checkpoints, one kept after each."""
         return self._train(count, checkpoints, tuple(range(1, checkpoints + 1)))
+
+    def step_sizes(self, checkpoints: int) -> list[float]:
+        """What an example moves the weights by per unit of its gradient, between each checkpoint of a run and the last.
+
+        The learning rate over the batch size, for every epoch visits every example once.
+        """
+        recipe = replace(self.setting.recipe, epochs=checkpoints)
+        kept = list(range(1, checkpoints + 1))
+        rates = learning_rates(recipe, kept, recipe.batches(len(self.setting.train_set)))
+        return [rates[epoch] / recipe.batch_size for epoch in kept]
 
     def _train(self, count: int, epochs: int, kept: tuple[int, ...] | None) -> list[Trained]:
         recipe = replace(self.setting.recipe, epochs=epochs)
@@ -166,13 +179,13 @@ class Workshop:
         step = count_flops(lambda: task.loss(model, batch).mean().backward())
         return step / size * len(self.setting.train_set) * epochs
 
-    def row(self, make: Callable[[], dict[str, Any]], **what: Any) -> dict[str, Any]:
+    def row(self, make: Callable[[], dict[str, Any]], method: type[Attributor], **what: Any) -> dict[str, Any]:
         """A finished row: found, or made and kept.
 
         Its name depends on the attribution's own code too: rows are quick to make beside models and bank, and a
         figure that today's code would not give must not be shown as its result.
         """
-        path = self.folder / "rows" / f"{self.key(part='row', code=_code(), **what)}.json"
+        path = self.folder / "rows" / f"{self.key(part='row', code=code_of(method), **what)}.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
         made = make()
@@ -181,13 +194,17 @@ class Workshop:
 
 
 @cache
-def _code() -> str:
-    """A hash of the source that decides scores, costs and LDS."""
+def code_of(method: type[Attributor]) -> str:
+    """A hash of the source that decides the scores, costs and LDS of a method."""
     package = Path(byline.__file__).parent
-    rooms = ("task.py", "batches.py", "ledger.py", "ensembles", "features", "store", "engines", "methods", "evaluate")
-    files = [file for room in rooms for file in (package / room, *sorted((package / room).glob("**/*.py")))]
+    rooms = ("task.py", "batches.py", "ledger.py", "ensembles", "features", "store", "engines", "evaluate/lds.py")
+    files = {file for room in rooms for file in (package / room, *(package / room).glob("**/*.py"))}
+    files |= {package / "methods" / f"{name}.py" for name in ("mean", "kernels", "damping")}
+    files |= {Path(inspect.getfile(cls)) for cls in method.__mro__ if cls.__module__.startswith("byline.")}
+    if issubclass(method, byline.Influence):
+        files |= set((package / "methods" / "curvature").glob("*.py"))
     digest = hashlib.sha256()
-    for file in files:
+    for file in sorted(files):
         if file.is_file():
             digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()

@@ -291,7 +291,9 @@ class _Trained:
         checkpoints = {epoch: states[i] for epoch, states in self.checkpoints.items()}
         cost = Cost(cost.flops, cost.seconds, cost.wall, size * max(1, len(checkpoints)))
         losses = tuple(self.losses[:, i].tolist())
-        return Run(seed, self.states[i], checkpoints, _rates(recipe, kept, self.per_epoch), losses, cost, batched)
+        return Run(
+            seed, self.states[i], checkpoints, learning_rates(recipe, kept, self.per_epoch), losses, cost, batched
+        )
 
 
 def _fit(
@@ -380,7 +382,7 @@ def _chunks(members: list[Member], group: int) -> Iterator[list[Member]]:
             yield [member for member in chunk if len(member[1]) == size]
 
 
-def _rates(recipe: Recipe, kept: list[int], per_epoch: int) -> dict[int, float]:
+def learning_rates(recipe: Recipe, kept: list[int], per_epoch: int) -> dict[int, float]:
     """Epoch -> mean learning rate of the steps since the kept epoch before it; for 0 that of step one."""
     every = [recipe.rate(step, recipe.epochs * per_epoch) for step in range(recipe.epochs * per_epoch)]
     rates, start = {}, 0
