@@ -12,10 +12,11 @@ import torch
 from torch.utils.data import TensorDataset
 
 from byline import report, settings
+from byline.ledger import Cost
 from byline.settings.base import BankRecipe, Setting
 from byline.settings.bench import run
 from byline.settings.rows import QUICK, ROWS, Row, rows_of
-from byline.settings.workshop import save_json
+from byline.settings.workshop import Trained, _load, _save, save_json
 from byline.training import Trainer
 
 BANK = BankRecipe(subsets=5, fraction=0.5, seeds=2)
@@ -145,3 +146,13 @@ def test_pictures_come_from_the_data(first: tuple[Path, dict[str, Any], list[str
     expected = small().test_set[example["index"]][0].reshape(8, 8)
     shown = torch.tensor(example["image"]) / 255
     assert torch.allclose(shown, (expected - expected.min()) / (expected.max() - expected.min()), atol=0.01)
+
+
+def test_models_come_back_as_they_were(tmp_path: Path) -> None:
+    state = {"weight": torch.randn(2, 3).T, "count": torch.tensor(7)}
+    path = tmp_path / "models.safetensors"
+    _save(path, [Trained((state,), Cost())])
+    (found,) = _load(path)
+    for name, tensor in state.items():
+        assert found.state[name].shape == tensor.shape
+        assert torch.equal(found.state[name], tensor)

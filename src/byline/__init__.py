@@ -7,11 +7,29 @@ run. Importing byline touches neither the network nor the disk.
 from importlib.metadata import version as _version
 
 from byline.ensembles import Dropout, Ensemble, Independent, LoRA, Trajectory, WeightNoise, train_lora
+from byline.evaluate.detection import class_detection, subclass_detection
 from byline.evaluate.lds import LDS, lds
+from byline.evaluate.loo import leave_one_out, leave_one_out_subsets
+from byline.evaluate.measure import Measure
+from byline.evaluate.mislabel import flip_labels, mislabel_detection
+from byline.evaluate.overlap import topk_overlap
+from byline.evaluate.removal import brittleness, removal_curve
 from byline.evaluate.retraining import Bank, retrain
 from byline.features import Dense, Exact, Factorized, Nystrom
 from byline.ledger import Ledger
-from byline.methods import TRAK, GradCos, GradDot, Influence, TracIn
+from byline.methods import (
+    TRAK,
+    DVEmb,
+    GradCos,
+    GradDot,
+    Influence,
+    KNNShapley,
+    Random,
+    RepresentationSimilarity,
+    RepresenterPoints,
+    TracIn,
+    TrackStar,
+)
 from byline.scores import Scores
 from byline.task import Task
 from byline.training import Recipe, Trainer, train_many
@@ -22,6 +40,7 @@ __all__ = [
     "LDS",
     "TRAK",
     "Bank",
+    "DVEmb",
     "Dense",
     "Dropout",
     "Ensemble",
@@ -31,18 +50,33 @@ __all__ = [
     "GradDot",
     "Independent",
     "Influence",
+    "KNNShapley",
     "Ledger",
     "LoRA",
+    "Measure",
     "Nystrom",
+    "Random",
     "Recipe",
+    "RepresentationSimilarity",
+    "RepresenterPoints",
     "Scores",
     "Task",
     "TracIn",
+    "TrackStar",
     "Trainer",
     "Trajectory",
     "WeightNoise",
+    "brittleness",
+    "class_detection",
+    "flip_labels",
     "lds",
+    "leave_one_out",
+    "leave_one_out_subsets",
+    "mislabel_detection",
+    "removal_curve",
     "retrain",
+    "subclass_detection",
+    "topk_overlap",
     "train_lora",
     "train_many",
 ]

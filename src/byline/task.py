@@ -154,6 +154,10 @@ class Task:
         before_forward.get()()
         return self._output.natural(*self._output.predict(model, batch))
 
+    def targets(self, batch: Batch) -> Any:
+        """What the batch gives as the target: labels (B,), values, or None where it has none."""
+        return self._output.split(batch)[2]
+
     def relabelled(self, batch: Batch, labels: Tensor) -> Batch:
         """The batch with the labels (B, T) in place of its own, aligned with the logits of `natural`."""
         return self._output.relabelled(batch, labels)

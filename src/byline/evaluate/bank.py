@@ -96,7 +96,8 @@ def write(path: str | Path, arrays: dict[str, np.ndarray], metadata: dict[str, A
     """Arrays and plain data as a safetensors file that appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    # not ascontiguousarray, which makes (1,) of a lone number
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:

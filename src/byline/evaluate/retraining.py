@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -43,7 +44,7 @@ def retrain(
     *,
     test_set: Any,
     task: HasOutput,
-    subsets: int = 50,
+    subsets: int | np.ndarray = 50,
     fraction: float = 0.5,
     seeds: int = 2,
     seed: int = 0,
@@ -64,8 +65,8 @@ def retrain(
         train_set: Map-style dataset the subsets are drawn from.
         test_set: Map-style dataset whose outputs are recorded.
         task: The task; its output is what is recorded, in eval mode.
-        subsets: Number of subsets, S.
-        fraction: Size of a subset as a share of the training set, between 0 and 1.
+        subsets: Number of random subsets, S; or the subsets themselves, (S, n_train) bool, of any sizes.
+        fraction: Size of a random subset as a share of the training set, between 0 and 1.
         seeds: Models a subset, R.
         seed: What subsets and models are drawn from.
         path: File of the finished bank (``….safetensors``). While it is made, finished parts lie beside it in
@@ -83,18 +84,14 @@ def retrain(
     """
     train_set = batches.as_dataset(train_set, "train_set")
     n_train = len(train_set)
-    for name, value in (("subsets", subsets), ("seeds", seeds)):
-        if value < 1:
-            raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
-    size = round(fraction * n_train)
-    if not 0 < size < n_train:
-        raise ValueError(
-            f"fraction={fraction!r}: gives subsets of {size} of {n_train} examples; expected some, not all"
-        )
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds!r}: expected a whole number of at least 1")
+    masks = _subsets(subsets, n_train, fraction, seed)
+    given = not isinstance(subsets, int)
     test = fetch(test_set, "test_set", getattr(train_fn, "collate", None))
     made = {
-        "subsets": subsets,
-        "fraction": fraction,
+        "subsets": hashlib.sha256(np.packbits(masks).tobytes()).hexdigest()[:16] if given else subsets,
+        "fraction": None if given else fraction,
         "seeds": seeds,
         "seed": seed,
         "n_train": n_train,
@@ -109,8 +106,7 @@ def retrain(
         _same(made, bank.metadata, path)
         return bank
 
-    masks = draw_subsets(n_train, subsets, size, seed)
-    models = [(s, r) for s in range(subsets) for r in range(seeds)]
+    models = [(s, r) for s in range(len(masks)) for r in range(seeds)]
     step = getattr(train_fn, "group", _PART)
     parts = [models[start : start + step] for start in range(0, len(models), step)]
     folder = None if path is None else Path(f"{path}.parts")
@@ -134,12 +130,30 @@ def retrain(
                 write(file, {"outputs": outputs}, {**made, "cost": asdict(cost)})
             done.append((outputs, cost))
     total = sum((cost for _, cost in done), Cost())
-    outputs = np.concatenate([outputs for outputs, _ in done]).reshape(subsets, seeds, -1)
+    outputs = np.concatenate([outputs for outputs, _ in done]).reshape(len(masks), seeds, -1)
     bank = Bank(masks, outputs, {**made, "cost": asdict(total)})
     if path is not None and folder is not None:
         bank.save(path)
         shutil.rmtree(folder)
     return bank
+
+
+def _subsets(subsets: int | np.ndarray, n_train: int, fraction: float, seed: int) -> np.ndarray:
+    """(S, n_train) bool: drawn, or as given."""
+    if isinstance(subsets, np.ndarray):
+        if subsets.ndim != 2 or subsets.dtype != bool or subsets.shape[1] != n_train or not len(subsets):
+            raise ValueError(f"subsets: got {subsets.dtype} {subsets.shape}; expected bool (subsets, {n_train})")
+        if not subsets.any(1).all():
+            raise ValueError(f"subsets: number {int((~subsets.any(1)).argmax())} is empty")
+        return subsets
+    if isinstance(subsets, bool) or subsets < 1:
+        raise ValueError(f"subsets={subsets!r}: expected a whole number of at least 1")
+    size = round(fraction * n_train)
+    if not 0 < size < n_train:
+        raise ValueError(
+            f"fraction={fraction!r}: gives subsets of {size} of {n_train} examples; expected some, not all"
+        )
+    return draw_subsets(n_train, subsets, size, seed)
 
 
 def draw_subsets(n_train: int, subsets: int, size: int, seed: int) -> np.ndarray:

@@ -128,12 +128,12 @@ class Attributor(ABC):
                 {
                     "task": self.task.fingerprint(),
                     "dataset": {"length": len(data), "sha256": batches.fingerprint(data)},
-                    "features": self.features.describe(),
+                    "features": self._kept(),
                 }
             )
             self._train_set, self.n_train_ = data, len(data)
             self._bench = Workbench(self.task, data, self.collate, self.device)
-            write_features(self._job(data, "train_set", self._of), self.ensemble.members(), self.store, self._bench)
+            self._write()
             self._voters = self._gather()
             self._prepare()
         return self
@@ -224,6 +224,15 @@ class Attributor(ABC):
     def _self(self, voter: Voter) -> Tensor:
         """(n_train,) what one member says of the training examples' scores for themselves."""
 
+    def _kept(self) -> dict[str, Any]:
+        """JSON of what the store keeps per example."""
+        return self.features.describe()
+
+    def _write(self) -> None:
+        """Compute what the store lacks of the training set."""
+        job = self._job(self._train_set, "train_set", self._of)
+        write_features(job, self.ensemble.members(), self.store, self._bench)
+
     def _prepare(self) -> None:  # noqa: B027 - most methods need nothing more
         """Whatever fitting does beyond the features."""
 
@@ -276,12 +285,18 @@ class Attributor(ABC):
         stored = self._stored(voter)
         if self._of == "output":
             return self._norms(stored)
-        job = self._job(self._train_set, "train_set", "output")
-        parts = [
-            self.features.diagonal(rows, stored.read(start, stop))
-            for start, stop, rows in stream_rows(job, voter.member, self._state(voter), self._bench)
-        ]
-        return torch.cat(parts)
+        own = self._own_rows(voter)
+        return torch.cat([self.features.diagonal(rows, stored.read(start, stop)) for start, stop, rows in own])
+
+    def _own_rows(self, voter: Voter) -> Iterator[tuple[int, int, Rows]]:
+        """(start, stop, rows) of ∇f at the training examples: stored, or taken anew where the store holds ∇ℓ."""
+        if self._of != "output":
+            job = self._job(self._train_set, "train_set", "output")
+            yield from stream_rows(job, voter.member, self._state(voter), self._bench)
+            return
+        stored = self._stored(voter)
+        for start, stop in self._chunks(stored):
+            yield start, stop, stored.read(start, stop)
 
     def _job(self, data: Any, name: str, of: str) -> Job:
         return Job(

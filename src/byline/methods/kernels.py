@@ -45,11 +45,12 @@ def dual(features: Features, stored: Stored, products: Products) -> Tensor:
     return out
 
 
-def primal(stored: Stored) -> Tensor:
-    """(k, k) float32: the sum of outer products of linear rows."""
+def primal(stored: Stored, scales: Tensor | None = None) -> Tensor:
+    """(k, k) float32: the sum of outer products of linear rows, each times its scale (N,) where there are some."""
     out: Tensor | None = None
     for start, stop in batches.spans(len(stored), _CHUNK):
         rows = stored.read(start, stop)["rows"]
+        rows = rows if scales is None else rows * scales[start:stop, None].to(rows)
         out = rows.T @ rows if out is None else out.addmm_(rows.T, rows)
     assert out is not None
     return out

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from byline.engines.local import stream_rows
 from byline.features.base import Rows
 from byline.methods.base import Attributor, Scorer, Voter
 
@@ -63,11 +62,7 @@ class GradCos(GradDot):
 
     def _output_norms(self, voter: Voter) -> Tensor:
         """(n_train,) squared norms of ∇f at the training examples, where the store holds ∇ℓ."""
-        job = self._job(self._train_set, "train_set", "output")
-        parts = [
-            self.features.diagonal(r, r) for _, _, r in stream_rows(job, voter.member, self._state(voter), self._bench)
-        ]
-        return torch.cat(parts)
+        return torch.cat([self.features.diagonal(rows, rows) for _, _, rows in self._own_rows(voter)])
 
 
 def _inverse_root(squares: Tensor) -> Tensor:

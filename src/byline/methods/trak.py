@@ -10,24 +10,18 @@ Over members m, with φ the gradient of the output and Q the residual:
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from byline import batches
-from byline.features.base import Products, Rows
-from byline.methods.base import Attributor, Scorer, Voter, phase
-from byline.methods.damping import auto
-from byline.methods.kernels import check_room, dual, factorise, primal
+from byline.features.base import Rows
+from byline.methods.base import Scorer, Voter
 from byline.methods.mean import RunningMean
+from byline.methods.ridge import Ridge
 
-_KEPT = 2**28  # bytes of factors that stay in memory
 
-
-class TRAK(Attributor):
+class TRAK(Ridge):
     """TRAK under any ensemble.
 
     The standard error comes from the members by the delta method: the kernel's and Q's deviations, and their
@@ -39,57 +33,6 @@ class TRAK(Attributor):
 
     train_side = "output"
     _with_residuals = True
-
-    def _prepare(self) -> None:
-        self._factors: OrderedDict[str, tuple[Tensor, float]] = OrderedDict()
-        self._chosen: dict[str, float] = {}
-        self._products = Products()
-
-    @property
-    def damping_(self) -> dict[str, float]:
-        """Relative damping per member; ``"auto"`` looks at a member's kernel when it is first needed."""
-        self._check_fitted()
-        if self.damping == "auto":
-            for voter in self._voters:
-                if voter.member.identity("gradient") not in self._chosen:
-                    self._factor(voter)
-        return {v.member.name: self._relative(v.member.identity("gradient"), None) for v in self._voters}
-
-    def _relative(self, identity: str, gram: Tensor | None) -> float:
-        if self.damping != "auto":
-            return float(self.damping)
-        if identity not in self._chosen:
-            assert gram is not None
-            self._chosen[identity] = auto(gram, self.n_train_, len(self._voters))
-        return self._chosen[identity]
-
-    def _check_size(self, n_train: int) -> None:
-        if not self.features.linear:
-            check_room(n_train, self.features)
-
-    def _in_primal(self, voter: Voter) -> bool:
-        return self.features.linear and self._stored(voter).columns < self.n_train_
-
-    def _factor(self, voter: Voter) -> tuple[Tensor, float]:
-        """Cholesky factor of the damped matrix and its λ; the last ones used are kept, up to 256 MB."""
-        name, key = voter.member.name, voter.member.identity("gradient")  # joined ensembles repeat names
-        if key in self._factors:
-            self._factors.move_to_end(key)
-            return self._factors[key]
-        with phase(self.ledger, "fitting"):
-            stored, n = self._stored(voter), self.n_train_
-            primal_form = self._in_primal(voter)
-            gram = primal(stored) if primal_form else dual(self.features, stored, self._products)
-            # the trace is that of the dual kernel in either form: Σ_i ‖φ(i)‖²
-            ridge = self._relative(key, gram) * float(gram.diagonal().double().sum()) / n
-            factor = factorise(gram, ridge, name)
-            if self.ledger is not None:
-                product = 2 * n * stored.columns**2 if primal_form else n**2 * stored.columns
-                self.ledger.add_flops("fitting", product + len(factor) ** 3 / 3)
-        self._factors[key] = factor, ridge
-        while len(self._factors) > 1 and sum(8 * f.numel() for f, _ in self._factors.values()) > _KEPT:
-            self._factors.popitem(last=False)
-        return factor, ridge
 
     def _scorer(self, voter: Voter) -> Scorer:
         stored = self._stored(voter)
@@ -143,12 +86,3 @@ class TRAK(Attributor):
                 error[start:stop] = np.abs(k) * only.sqrt().numpy()
             k *= q
         return kernel, error
-
-    def info(self) -> dict[str, Any]:
-        """Adds the damping that was used."""
-        chosen = [float(self.damping)] if self.damping != "auto" else sorted(self._chosen.values())
-        return {
-            **super().info(),
-            "damping": self.damping,
-            "damping_median": chosen[len(chosen) // 2] if chosen else None,
-        }

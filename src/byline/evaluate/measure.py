@@ -1,0 +1,125 @@
+"""What every measure says: a mean with its interval, the value of each example, and by which protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """How scores fared by one protocol.
+
+    Attributes:
+        name: Of the measure.
+        mean: Over the examples that count.
+        interval: Bootstrap confidence interval of the mean, (low, high); NaN where none was asked for.
+        per_example: (n,) float64, what `protocol` says it is; NaN for examples that do not count.
+        protocol: How it was measured, in a sentence.
+        source: Where the protocol comes from.
+        details: Further figures.
+        confidence: That of the interval.
+    """
+
+    name: str
+    mean: float
+    interval: tuple[float, float]
+    per_example: np.ndarray = field(repr=False)
+    protocol: str
+    source: str
+    details: dict[str, Any] = field(default_factory=dict, repr=False)
+    confidence: float = 0.95
+
+    @property
+    def left_out(self) -> int:
+        """Number of examples without a value."""
+        return int(np.isnan(self.per_example).sum())
+
+    def __float__(self) -> float:
+        return self.mean
+
+    def __repr__(self) -> str:
+        low, high = self.interval
+        parts = [f"{self.name} {self.mean:.3f}"]
+        if np.isfinite(low):
+            parts.append(f"{self.confidence * 100:g} % interval {low:.3f} to {high:.3f}")
+        parts.append(f"{len(self.per_example) - self.left_out} examples")
+        return ", ".join(parts)
+
+
+def matrix_of(scores: Any, name: str = "scores") -> np.ndarray:
+    """(n_test, n_train) float array of `byline.Scores`, a tensor or an array.
+
+    Raises:
+        ValueError: No matrix, or a number that is not finite.
+    """
+    values = scores if isinstance(scores, torch.Tensor) else getattr(scores, "values", scores)
+    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    if array.ndim != 2:
+        raise ValueError(f"{name} has shape {array.shape}; expected (n_test, n_train)")
+    if not np.isfinite(array).all():
+        z, i = np.argwhere(~np.isfinite(array))[0]
+        raise ValueError(f"{name}: test example {z}, training example {i} is {array[z, i]}; expected finite numbers")
+    return array
+
+
+def labels_of(labels: Any, length: int, name: str) -> np.ndarray:
+    """(length,) labels as an array.
+
+    Raises:
+        ValueError: Another shape.
+    """
+    array = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    if array.shape != (length,):
+        raise ValueError(f"{name} has shape {array.shape}; expected ({length},)")
+    return array
+
+
+def check_bootstrap(bootstrap: int, confidence: float) -> None:
+    """Refuse a number of resamples or a confidence that has no meaning."""
+    if bootstrap < 0:
+        raise ValueError(f"bootstrap={bootstrap!r}: expected a whole number of at least 0")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence!r}: expected a number between 0 and 1")
+
+
+def percentile(draws: np.ndarray, confidence: float) -> tuple[float, float]:
+    """The percentile interval of bootstrap draws (Efron 1979); NaN without any."""
+    finite = draws[np.isfinite(draws)]
+    if not len(finite):
+        return float("nan"), float("nan")
+    low, high = np.quantile(finite, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def resampled(
+    sizes: tuple[int, ...], statistic: Callable[..., float], draws: int, confidence: float, seed: int
+) -> tuple[float, float]:
+    """Interval of a statistic whose units are drawn anew with replacement.
+
+    Args:
+        sizes: Number of units of each kind (test examples, removed examples, …).
+        statistic: Of one array of drawn places per kind.
+        draws: Resamples; 0 for none.
+        confidence: Of the interval.
+        seed: Of the draws.
+    """
+    if not draws:
+        return float("nan"), float("nan")
+    rng = np.random.default_rng(seed)
+    found = [statistic(*(rng.integers(size, size=size) for size in sizes)) for _ in range(draws)]
+    return percentile(np.array(found, dtype=np.float64), confidence)
+
+
+def mean_interval(values: np.ndarray, draws: int, confidence: float, seed: int) -> tuple[float, tuple[float, float]]:
+    """The mean of the values that are numbers, and its interval over them."""
+    valid = values[np.isfinite(values)]
+    if not len(valid):
+        return float("nan"), (float("nan"), float("nan"))
+    return float(valid.mean()), resampled(
+        (len(valid),), lambda drawn: float(valid[drawn].mean()), draws, confidence, seed
+    )

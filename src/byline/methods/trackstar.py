@@ -1,0 +1,114 @@
+"""TRACKSTAR's normalisation (Chang et al. 2024, arXiv 2410.17413, section 3), the mean over members.
+
+    TrackStar(z, i) = ⟨G(∇f(z)), G(-∇ℓ(i))⟩,   G(g) = R^(-1/2) g / ‖R^(-1/2) g‖,   R = Σ_j ∇ℓ(j) ∇ℓ(j)ᵀ + λI
+
+λ = damping × mean_j ‖∇ℓ(j)‖²: a cosine between gradients after the second moment of the training gradients has been
+divided out, so that neither examples with long gradients nor directions that all examples share decide everything. The
+paper's correction by the optimizer's second moments is left out, for a checkpoint does not keep them; R is that of the
+training set alone. With `Factorized` features it is the paper's two-sided projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from byline import batches
+from byline.features.base import Rows
+from byline.methods.base import Scorer, Voter
+from byline.methods.ridge import Ridge
+
+
+class TrackStar(Ridge):
+    """Cosines of preconditioned gradients, under any ensemble; 0 where a gradient is 0.
+
+    ``damping="auto"`` is the rule of TRAK on the training gradients. ``self_influence()`` is 1 where the loss still
+    pulls at the output, and -1 where it pushes against it, times the cosine of ∇f(i) and ∇ℓ(i).
+
+    Attributes:
+        damping_: relative damping per member, as given or as chosen by ``"auto"``, after ``fit``.
+    """
+
+    train_side = "loss"
+
+    def _scales(self, voter: Voter) -> Tensor | None:
+        return self._loss_scale(voter)
+
+    def _scorer(self, voter: Voter) -> Scorer:
+        train, whiten = self._whitened(voter)
+
+        def scorer(rows: Rows) -> Tensor:
+            dots, norms = whiten(rows)
+            if self.ledger is not None:
+                self.ledger.add_flops("serving", 2.0 * dots.numel() * (self._stored(voter).columns + len(train)))
+            return (dots * _inverse_root(norms).unsqueeze(1) * train).float()
+
+        return scorer
+
+    def _whitened(self, voter: Voter) -> tuple[Tensor, Callable[[Rows], tuple[Tensor, Tensor]]]:
+        """What each training example is multiplied by, and what turns rows into R⁻¹-products and squared norms."""
+        stored, scale = self._stored(voter), self._loss_scale(voter)
+        factor, ridge = self._factor(voter)
+        sign = torch.ones(self.n_train_) if scale is None else scale.sign()
+        if self._in_primal(voter):
+
+            def in_primal(rows: Rows) -> tuple[Tensor, Tensor]:
+                white = _solved(factor, rows["rows"].T)
+                dots = [_solved(factor, stored.read(a, b)["rows"].T).T @ white for a, b in self._chunks(stored)]
+                return torch.cat(dots).T, white.square().sum(0)
+
+            norms = torch.cat(
+                [_solved(factor, stored.read(a, b)["rows"].T).square().sum(0) for a, b in self._chunks(stored)]
+            )
+            return sign * _inverse_root(norms), in_primal
+        if ridge == 0:
+            raise ValueError("damping is 0; TrackStar with more columns than examples expects a number above 0")
+        weights = torch.ones(self.n_train_) if scale is None else scale
+
+        def norms_of(rows: Rows, cross: Tensor) -> Tensor:
+            own = self.features.diagonal(rows, rows).double()
+            return ((own - _solved(factor, cross.T).square().sum(0)) / ridge).clamp_min(0)
+
+        def in_dual(rows: Rows) -> tuple[Tensor, Tensor]:
+            plain = self._cross(rows, stored)
+            cross = plain * weights
+            # of rows themselves, not of rows times their scale: a scale near 0 would leave nothing but rounding
+            solved = torch.cholesky_solve(cross.double().T, factor).T
+            dots = (plain.double() - solved @ self._scaled_gram(voter)) / ridge
+            return dots, norms_of(rows, cross)
+
+        found = []
+        for a, b in self._chunks(stored):
+            rows = stored.read(a, b)
+            found.append(norms_of(rows, self._cross(rows, stored) * weights))
+        return sign * _inverse_root(torch.cat(found)), in_dual
+
+    def _scaled_gram(self, voter: Voter) -> Tensor:
+        """(n_train, n_train) diag(scale) · kernel of the stored rows, in float64."""
+        key = voter.member.identity("gradient")
+        if getattr(self, "_gram_of", (None, None))[0] != key:
+            stored, scale = self._stored(voter), self._loss_scale(voter)
+            gram = torch.cat([self._cross(stored.read(a, b), stored) for a, b in batches.spans(self.n_train_, 1024)])
+            self._gram_of = key, (gram if scale is None else gram * scale.unsqueeze(1)).double()
+        found = self._gram_of[1]
+        assert found is not None
+        return found
+
+    def _self(self, voter: Voter) -> Tensor:
+        train, whiten = self._whitened(voter)
+        parts = []
+        for a, b, rows in self._own_rows(voter):
+            dots, norms = whiten(rows)
+            parts.append(dots[:, a:b].diagonal() * _inverse_root(norms) * train[a:b])
+        return torch.cat(parts).float()
+
+
+def _solved(factor: Tensor, columns: Tensor) -> Tensor:
+    """L⁻¹ of columns, in float64."""
+    return torch.linalg.solve_triangular(factor, columns.double(), upper=False)
+
+
+def _inverse_root(squares: Tensor) -> Tensor:
+    return torch.where(squares > 0, squares.clamp_min(1e-300).rsqrt(), 0.0)

@@ -1,0 +1,309 @@
+"""The measures of a grid: how each judges a cell, and what stands beside it for comparison."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch.utils.data import TensorDataset
+
+from byline.evaluate.bank import Bank
+from byline.evaluate.detection import class_detection
+from byline.evaluate.lds import lds
+from byline.evaluate.loo import leave_one_out, leave_one_out_subsets
+from byline.evaluate.mislabel import flip_labels, mislabel_detection
+from byline.evaluate.overlap import topk_overlap
+from byline.evaluate.removal import brittleness, removal_curve
+from byline.evaluate.retraining import retrain
+from byline.scores import Scores
+from byline.settings.base import Setting
+from byline.settings.workshop import Workshop
+
+if TYPE_CHECKING:
+    from byline.settings.grid import Cell
+
+FLIPPED = 0.1
+TOP = 10
+FOLDS = 5
+LEVEL = 0.95
+
+
+class Judge(ABC):
+    """One measure."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    says: ClassVar[str]
+    """What is measured, in a sentence."""
+    retrains: ClassVar[bool] = False
+    """Whether each cell needs models of its own, so that it is not measured unless asked for."""
+
+    @abstractmethod
+    def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any] | None:
+        """Mean and interval of a cell; None where it is not measured."""
+
+    def across(self, cells: list[dict[str, Any]]) -> None:  # noqa: B027 - most judge a cell by itself
+        """What can only be said when all cells are there."""
+
+    def baselines(self, shop: Workshop, flipped: Workshop | None) -> list[dict[str, Any]]:
+        """What does without attribution, in the same measure."""
+        return []
+
+    def describe(self) -> dict[str, Any]:
+        """For the report."""
+        return {"name": self.name, "title": self.title, "says": self.says}
+
+
+class LDSJudge(Judge):
+    """The linear datamodeling score."""
+
+    name, title = "lds", "LDS"
+    says = "Rank correlation of the scores with what retraining on random halves did (linear datamodeling score)."
+
+    def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any]:
+        """Against the bank."""
+        assert bank is not None
+        found = lds(scores, bank, confidence=LEVEL)
+        return _figure(found)
+
+
+class MislabelJudge(Judge):
+    """Flipped labels found by self-influence."""
+
+    name, title = "mislabel", "Mislabels, ROC-AUC"
+    says = (
+        f"ROC-AUC of finding the {FLIPPED * 100:g} % of training labels that were flipped, by self-influence under "
+        "models trained on the flipped labels."
+    )
+    too_dear = ("influence-cg", "influence-lissa", "influence-arnoldi")
+
+    def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any] | None:
+        """Not where the curvature would be solved for each training example by iteration."""
+        assert flipped is not None
+        if cell.info.name in self.too_dear:
+            return None
+        try:
+            suspicion = flipped.suspicion()
+        except (ValueError, TypeError, NotImplementedError):
+            return None
+        found = mislabel_detection(suspicion, mask_of(flipped.shop.setting))
+        return {**_figure(found), "average_precision": float(found.details["average_precision"])}
+
+    def baselines(self, shop: Workshop, flipped: Workshop | None) -> list[dict[str, Any]]:
+        """The loss of each training example: under models that saw it, and under models that did not."""
+        assert flipped is not None
+        setting = flipped.setting
+        lines = []
+        for title, losses, flops in (
+            ("loss in the sample, 1 model", *in_sample(flipped, 1)),
+            (f"loss out of the sample, {FOLDS} folds", *out_of_sample(flipped)),
+        ):
+            found = mislabel_detection(losses, mask_of(setting))
+            lines.append(
+                {
+                    "measure": self.name,
+                    "title": title,
+                    "flops": flops,
+                    **_figure(found),
+                    "average_precision": float(found.details["average_precision"]),
+                }
+            )
+        return lines
+
+
+class ClassJudge(Judge):
+    """The identical-class test."""
+
+    name, title = "class", "Same class"
+    says = f"Share of the {TOP} strongest proponents that have the test example's label."
+
+    def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any]:
+        """Against the labels."""
+        setting = cell.shop.setting
+        train, test = labels_of(setting.train_set), labels_of(setting.test_set)
+        return _figure(class_detection(scores, train, test[: len(scores.values)], k=TOP))
+
+
+class OverlapJudge(Judge):
+    """Agreement with the naive ensemble of most models."""
+
+    name, title = "overlap", "Top-10 overlap"
+    says = f"Share of the {TOP} strongest proponents that the same method also names under most independent models."
+
+    def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any] | None:
+        """Filled in by `across`."""
+        return None
+
+    def across(self, cells: list[dict[str, Any]]) -> None:
+        """Each cell against its method's largest naive ensemble."""
+        for done in cells:
+            naive = [
+                c for c in cells if c["method"] == done["method"] and c["kind"] == "independent" and "_scores" in c
+            ]
+            if not naive or "_scores" not in done:
+                continue
+            best = max(naive, key=lambda c: c["models"])
+            if best is not done:
+                done["measures"][self.name] = _figure(topk_overlap(done["_scores"], best["_scores"], TOP))
+
+
+class LOOJudge(Judge):
+    """Leave-one-out correlation."""
+
+    name, title = "loo", "Leave-one-out"
+    removed, seeds = 50, 8
+    says = (
+        f"Rank correlation of the scores of {removed} training examples with what retraining without each of them did."
+    )
+    retrains = True
+
+    def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any]:
+        """Against a bank of its own, shared by all cells."""
+        setting, folder = cell.shop.setting, cell.shop.folder
+        n = len(setting.train_set)
+        chosen = np.random.default_rng(0).choice(n, min(self.removed, n), replace=False)
+        own = retrain(
+            setting.trainer(),
+            setting.train_set,
+            test_set=setting.test_set,
+            task=setting.task(),
+            subsets=leave_one_out_subsets(n, chosen),
+            seeds=self.seeds,
+            path=folder / f"loo-{cell.shop.key(part='loo', seeds=self.seeds, removed=self.removed)}.safetensors",
+            progress=cell.progress,
+        )
+        own = Bank(own.subsets, own.outputs[:, :, : len(scores.values)], own.metadata)
+        return _figure(leave_one_out(scores, own))
+
+
+class RemovalJudge(Judge):
+    """Removing the strongest proponents."""
+
+    name, title = "removal", "Removal"
+    share = 0.02
+    says = (
+        f"Fall of the test output when the {share * 100:g} % of the training set with the strongest scores are removed "
+        "and the model trained again, beyond the fall when as many random examples are."
+    )
+    retrains = True
+
+    def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any]:
+        """Ten test examples, two models each."""
+        setting = cell.shop.setting
+        size = max(1, round(self.share * len(setting.train_set)))
+        found = removal_curve(
+            scores,
+            setting.trainer(),
+            setting.train_set,
+            test_set=setting.test_set,
+            task=setting.task(),
+            sizes=[size],
+            examples=10,
+            seeds=2,
+            path=cell.shop.folder / "removal" / f"{cell.key}.safetensors",
+            progress=cell.progress,
+        )
+        return _figure(found)
+
+
+class BrittlenessJudge(Judge):
+    """Predictions turned by removing few examples."""
+
+    name, title = "brittleness", "Brittleness"
+    share = 0.02
+    says = (
+        f"Share of test examples that were right whose prediction turns when the {share * 100:g} % of the training set "
+        "with the strongest scores are removed."
+    )
+    retrains = True
+
+    def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any]:
+        """Ten test examples, two models each."""
+        setting = cell.shop.setting
+        size = max(1, round(self.share * len(setting.train_set)))
+        found = brittleness(
+            scores,
+            setting.trainer(),
+            setting.train_set,
+            test_set=setting.test_set,
+            task=setting.task(),
+            sizes=[size],
+            examples=10,
+            seeds=2,
+            path=cell.shop.folder / "brittleness" / f"{cell.key}.safetensors",
+            progress=cell.progress,
+        )
+        return _figure(found)
+
+
+JUDGES: dict[str, type[Judge]] = {
+    judge.name: judge
+    for judge in (LDSJudge, MislabelJudge, ClassJudge, OverlapJudge, LOOJudge, RemovalJudge, BrittlenessJudge)
+}
+"""Every measure, by its name on the command line."""
+
+
+def _figure(found: Any) -> dict[str, Any]:
+    low, high = found.interval
+    figures = {"mean": float(found.mean), "low": float(low), "high": float(high)}
+    return {key: value if np.isfinite(value) else None for key, value in figures.items()}
+
+
+# the flipped labels, and the losses that do without attribution
+
+
+def relabelled(setting: Setting, fraction: float = FLIPPED, seed: int = 0) -> Setting:
+    """The setting with a share of its training labels flipped to other classes."""
+
+    def load() -> tuple[Any, Any]:
+        x, y = setting.train_set.tensors
+        flipped, _ = flip_labels(y.numpy(), fraction, len(setting.class_names), seed)
+        return TensorDataset(x, torch.from_numpy(np.asarray(flipped))), setting.test_set
+
+    return replace(setting, name=f"{setting.name}, {fraction * 100:g} % of labels flipped", load=load)
+
+
+def mask_of(flipped: Setting, fraction: float = FLIPPED, seed: int = 0) -> np.ndarray:
+    """(n_train,) which labels `relabelled` flipped: known from the draw alone."""
+    labels = labels_of(flipped.train_set)
+    return flip_labels(labels, fraction, len(flipped.class_names), seed)[1]
+
+
+def labels_of(dataset: Any) -> np.ndarray:
+    """(n,) the labels of a dataset of (input, label)."""
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[-1].numpy()
+    return np.array([int(dataset[i][-1]) for i in range(len(dataset))])
+
+
+def in_sample(shop: Workshop, models: int) -> tuple[np.ndarray, float]:
+    """(n_train,) the mean loss of each training example under fully trained models, and their training FLOPs."""
+    trained = shop.models(models)
+    losses = [_losses(shop.setting, one.state, shop.setting.train_set) for one in trained]
+    return np.mean(losses, 0), sum(one.cost.flops for one in trained)
+
+
+def out_of_sample(shop: Workshop, folds: int = FOLDS) -> tuple[np.ndarray, float]:
+    """(n_train,) the loss of each training example under a model trained on the other folds, and the FLOPs of all."""
+    setting = shop.setting
+    n = len(setting.train_set)
+    fold = np.random.default_rng(0).permutation(n) % folds
+    runs = setting.trainer().many(
+        setting.train_set, [np.flatnonzero(fold != f) for f in range(folds)], [1000 + f for f in range(folds)]
+    )
+    losses = np.empty(n, np.float32)
+    for f, run in enumerate(runs):
+        losses[fold == f] = _losses(setting, run.state_dict, setting.train_set)[fold == f]
+    return losses, sum(run.flops for run in runs)
+
+
+def _losses(setting: Setting, state: dict[str, torch.Tensor], dataset: Any) -> np.ndarray:
+    model = setting.build().eval()
+    model.load_state_dict(state)
+    task = setting.task(model)
+    with torch.no_grad():
+        parts = [task.loss(model, tuple(t[i : i + 256] for t in dataset.tensors)) for i in range(0, len(dataset), 256)]
+    return torch.cat(parts).numpy()
