@@ -74,14 +74,14 @@ def memory(field: str = "VmHWM") -> int:
 
 
 def trained(
-    folder: Path, count: int, models: Path | None, bank: Path | None, need_bank: bool = True
+    folder: Path, count: int, models: Path | None, bank: Path | None, need_bank: bool = True, name: str = SETTING
 ) -> tuple[Setting, list[dict[str, Any]], Bank | None]:
     """The setting, ``count`` trained models and the bank: from the files given, else made once under ``folder``."""
     import byline
     from byline import settings
     from byline.settings.workshop import Workshop
 
-    setting = settings.get(SETTING)
+    setting = settings.get(name)
     shop = Workshop(setting, folder, lambda sentence: print(f"  {sentence}", flush=True), progress=False)
     if models is None:
         states = [model.state for model in shop.models(count)]

@@ -4,41 +4,40 @@ Every contestant runs in a process of its own, one after the other: seconds to f
 and whatever is solved for there), seconds to score the test set, peak memory, and the LDS of its scores against
 the same bank of retrained models. Peers run with their CPU defaults, through their documented interface.
 
-Setup of the peers, once, in an environment that shares this one's torch (`--setup` does just this):
-
-    python -m venv .venv-peers
-    python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \\
-        > .venv-peers/lib/python3.*/site-packages/shared.pth
-    .venv-peers/bin/pip install --no-deps traker==0.3.2 dattri==0.3.0
-    .venv-peers/bin/pip install numpy scipy pyyaml tqdm requests
-
-A peer that is not there is left out with a sentence. No torchvision is installed: what is used here of these versions
-does not import it.
+`--setup` makes the peers' environment as `workers.py` describes it. A peer that is not there is left out with a
+sentence. No torchvision is installed: what is used here of these versions does not import it.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
-import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common import BATCH, ROOT, SETTING, clock, environment, median, memory, save, seconds, table, trained
+from common import BATCH, ROOT, SETTING, environment, save, seconds, table, trained
+from workers import (
+    VENV,
+    Figures,
+    Once,
+    batches_of,
+    left_out,
+    margin,
+    measure,
+    read_inputs,
+    read_job,
+    run_one,
+    setup,
+    write_inputs,
+)
 
-PEERS = {"traker": "0.3.2", "dattri": "0.3.0"}
-SMALL_DEPENDENCIES = ["numpy", "scipy", "pyyaml", "tqdm", "requests"]
-VENV = ROOT / ".venv-peers"
+PEERS = ("traker", "dattri")
 FORMAT = 1
-
-Figures = dict[str, Any]
 
 
 # The parent: checkpoints, processes, ground truth, table
@@ -62,74 +61,6 @@ def contestants(models: list[int], dims: list[int]) -> list[dict[str, Any]]:
             found.append({"worker": "traker", "name": name, "models": count, "dim": dims[0], "half": False})
         found.append({"worker": "dattri", "name": f"dattri TRAK {dims[0]}", "models": count, "dim": dims[0]})
     return found
-
-
-def setup(venv: Path) -> None:
-    """The documented setup of the peers' environment."""
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    packages = next(venv.glob("lib/python3.*/site-packages"))
-    (packages / "shared.pth").write_text(f"import site; site.addsitedir({_site_packages()!r})\n")
-    pip = [str(venv / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--no-deps", *(f"{name}=={version}" for name, version in PEERS.items())], check=True)
-    subprocess.run([*pip, *SMALL_DEPENDENCIES], check=True)
-
-
-def _site_packages() -> str:
-    import torch
-
-    return str(Path(torch.__file__).resolve().parent.parent)
-
-
-def missing(python: Path, name: str) -> str | None:
-    """Why a peer cannot run, or None."""
-    if not python.exists():
-        return f"no environment at {python.parent.parent}"
-    probe = f"import importlib.metadata as m; print(m.version({name!r}))"
-    done = subprocess.run([str(python), "-c", probe], capture_output=True, text=True)
-    return None if done.returncode == 0 else f"not installed in {python.parent.parent}"
-
-
-def write_inputs(folder: Path, setting: Any, states: list[dict[str, Any]]) -> None:
-    """Data, checkpoints and the model's layers, as files that need no byline to be read."""
-    import torch
-    from safetensors.torch import save_file
-    from torch import nn
-
-    (train_x, train_y), (test_x, test_y) = setting.train_set.tensors, setting.test_set.tensors
-    tensors = {"train_x": train_x, "train_y": train_y, "test_x": test_x, "test_y": test_y}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "data.safetensors")
-    for i, state in enumerate(states):
-        save_file({name: value.contiguous() for name, value in state.items()}, folder / f"model-{i}.safetensors")
-    layers: list[tuple[str, list[float]]] = []
-    for layer in setting.build():
-        arguments: list[float] = []
-        if isinstance(layer, nn.Linear):
-            arguments = [layer.in_features, layer.out_features]
-        elif isinstance(layer, nn.Dropout):
-            arguments = [layer.p]
-        layers.append((type(layer).__name__, arguments))
-    (folder / "layers.json").write_text(json.dumps(layers))
-    assert torch.is_tensor(train_x)
-
-
-def run_one(folder: Path, contestant: dict[str, Any], python: Path, options: argparse.Namespace) -> Figures:
-    """One contestant in a process of its own; its figures, or what went wrong under "error"."""
-    import numpy as np
-
-    job, out, scores = folder / "job.json", folder / "figures.json", folder / "scores.npy"
-    own = contestant["worker"] == "byline"
-    common = {"folder": str(folder), "batch_size": options.batch_size, "threads": options.threads}
-    job.write_text(json.dumps({**contestant, **common, "repeats": options.repeats if own else 1}))
-    for old in (out, scores):  # so that nobody is judged by what another left behind
-        old.unlink(missing_ok=True)
-    interpreter = sys.executable if own else str(python)
-    done = subprocess.run([interpreter, __file__, "--worker", str(job)], capture_output=True, text=True)
-    if done.returncode or not out.exists():
-        lines = done.stderr.strip().splitlines()
-        return {"error": lines[-1] if lines else f"exit code {done.returncode}", "stderr": lines[-20:]}
-    figures = json.loads(out.read_text())
-    figures["scores"] = np.load(scores)
-    return figures
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
@@ -195,14 +126,12 @@ def main() -> None:
 
     import byline
 
-    if options.setup and not (options.venv / "bin" / "python").exists():
+    if options.setup:
         setup(options.venv)
     python = options.venv / "bin" / "python"
     about = {**environment(), "threads_asked": options.threads}
     chosen = set(options.only or ["byline", *PEERS])
-    absent = {name: why for name in PEERS if name in chosen and (why := missing(python, name))}
-    for name, why in absent.items():
-        print(f"{name} is left out: {why}; --setup installs it")
+    absent = left_out(python, [name for name in PEERS if name in chosen])
     print("checkpoints and ground truth")
     setting, states, bank = trained(options.out, max(options.count), options.models, options.bank)
     assert bank is not None
@@ -216,7 +145,8 @@ def main() -> None:
                 continue
             label = f"{contestant['name']}, {contestant['models']} model{'s' if contestant['models'] > 1 else ''}"
             print(f"  {label} …", flush=True)
-            figures = run_one(folder, contestant, python, options)
+            repeats = options.repeats if contestant["worker"] == "byline" else 1
+            figures = run_one(__file__, folder, contestant, python, options, repeats)
             if "error" in figures:
                 print(f"  {label} failed: {figures['error']}")
                 failed.append({**contestant, **figures})
@@ -244,46 +174,11 @@ def main() -> None:
 
 def work(path: Path) -> None:
     """What runs in a contestant's process: read the inputs, fit, score, write scores and figures."""
-    import numpy as np
-    import torch
-    from safetensors.torch import load_file
-    from torch import nn
-    from torch.utils.data import TensorDataset
-
-    job = json.loads(path.read_text())
-    if job["threads"]:
-        torch.set_num_threads(job["threads"])
-    folder = Path(job["folder"])
-    data = load_file(folder / "data.safetensors")
-    train = TensorDataset(data["train_x"], data["train_y"])
-    test = TensorDataset(data["test_x"], data["test_y"])
-    states = [load_file(folder / f"model-{i}.safetensors") for i in range(job["models"])]
-    layers = json.loads((folder / "layers.json").read_text())
-    model = nn.Sequential(*(getattr(nn, kind)(*arguments) for kind, arguments in layers)).eval()
-    torch.manual_seed(0)
+    job = read_job(path)
+    model, states, train, test = read_inputs(job)
     make = {"byline": _byline, "traker": _traker, "dattri": _dattri}[job["worker"]]
     once, about = make(job, model, states, train, test)
-    start = memory("VmRSS")
-    spent: list[dict[str, float]] = []
-    scores = np.empty(0)
-    for _ in range(job["repeats"]):
-        fit, score = once()
-        with clock() as fitting:
-            fit()
-        with clock() as scoring:
-            scores = score()
-        spent.append({"fit": fitting.wall, "score": scoring.wall, "fit_cpu": fitting.cpu, "score_cpu": scoring.cpu})
-    peak = memory("VmHWM")
-    assert scores.shape == (len(test), len(train)), scores.shape
-    np.save(folder / "scores.npy", np.asarray(scores, dtype=np.float32))
-    figures = {name: median([one[name] for one in spent]) for name in spent[0]}
-    figures = {**figures, "first": spent[0], "peak": peak, "start": start, **about}
-    figures["load"] = round(os.getloadavg()[0], 2)
-    (folder / "figures.json").write_text(json.dumps(figures))
-
-
-Once = Callable[[], "tuple[Callable[[], Any], Callable[[], Any]]"]
-"""Makes the objects anew and returns what fits and what scores, (n_test, n_train)."""
+    measure(job, once, about, (len(test), len(train)))
 
 
 def _byline(job: dict[str, Any], model: Any, states: list[Any], train: Any, test: Any) -> tuple[Once, Figures]:
@@ -302,11 +197,6 @@ def _byline(job: dict[str, Any], model: Any, states: list[Any], train: Any, test
         return lambda: attributor.fit(train), lambda: attributor.attribute(test).values
 
     return once, {"version": byline.__version__}
-
-
-def _batches(data: Any, size: int) -> Iterable[tuple[Any, Any]]:
-    x, y = data.tensors
-    return [(x[i : i + size], y[i : i + size]) for i in range(0, len(data), size)]
 
 
 def _traker(job: dict[str, Any], model: Any, states: list[Any], train: Any, test: Any) -> tuple[Once, Figures]:
@@ -330,14 +220,14 @@ def _traker(job: dict[str, Any], model: Any, states: list[Any], train: Any, test
         def fit() -> None:
             for i, state in enumerate(states):
                 traker.load_checkpoint(state, model_id=i)
-                for batch in _batches(train, job["batch_size"]):
+                for batch in batches_of(train, job["batch_size"]):
                     traker.featurize(batch=batch, num_samples=len(batch[1]))
             traker.finalize_features()
 
         def score() -> Any:
             for i, state in enumerate(states):
                 traker.start_scoring_checkpoint("test", checkpoint=state, model_id=i, num_targets=len(test))
-                for batch in _batches(test, job["batch_size"]):
+                for batch in batches_of(test, job["batch_size"]):
                     traker.score(batch=batch, num_samples=len(batch[1]))
             scores = traker.finalize_scores(exp_name="test").T.copy()
             place.cleanup()
@@ -359,18 +249,15 @@ def _dattri(job: dict[str, Any], model: Any, states: list[Any], train: Any, test
         x, y = example
         return torch.func.functional_call(model, params, x.unsqueeze(0)), y.unsqueeze(0)
 
-    def margin(params: Any, example: Any) -> Any:
-        logits, label = logits_of(params, example)
-        # log p/(1-p) without ever forming 1-p, which rounds to 0 for a sure model
-        own, others = logits.gather(1, label[:, None]), logits.scatter(1, label[:, None], -torch.inf)
-        return (own.squeeze(1) - others.logsumexp(1)).sum()
+    def margin_of(params: Any, example: Any) -> Any:
+        return margin(*logits_of(params, example)).sum()
 
     def probability(params: Any, example: Any) -> Any:
         logits, label = logits_of(params, example)
         return torch.exp(-torch.nn.functional.cross_entropy(logits, label))
 
     def once() -> tuple[Callable[[], Any], Callable[[], Any]]:
-        task = AttributionTask(loss_func=margin, model=model, checkpoints=states)
+        task = AttributionTask(loss_func=margin_of, model=model, checkpoints=states)
         attributor = TRAKAttributor(
             task=task,
             correct_probability_func=probability,

@@ -2,7 +2,8 @@
 
 A minimal requirement of an explanation by examples: those that support a prediction should be of its class, and, for a
 model that was trained on merged classes, of its own subclass among them (Hanawa et al. 2021, "Evaluation of
-similarity-based explanations": identical class test, identical subclass test).
+Similarity-based Explanations": the identical class test and the identical subclass test, which look at the one
+strongest; here at the k strongest).
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from byline.evaluate.measure import Measure, check_bootstrap, labels_of, matrix_of, mean_interval
+from byline.evaluate.measure import Measure, check_bootstrap, is_whole, labels_of, matrix_of, mean_interval
 from byline.scores import Scores
 
-_SOURCE = "Hanawa et al. 2021, section 4"
+_TOP = 10
+_SOURCE = "Hanawa et al. 2021"
 
 
 def class_detection(
     scores: Any,
     train_labels: Any,
     test_labels: Any,
-    k: int = 10,
+    k: int | None = None,
     *,
     bootstrap: int = 1000,
     confidence: float = 0.95,
@@ -34,7 +36,7 @@ def class_detection(
         scores: `byline.Scores` or (n_test, n_train).
         train_labels: (n_train,).
         test_labels: (n_test,), the labels whose outputs were attributed.
-        k: How many of the strongest proponents are looked at; 1 is the paper's test.
+        k: How many of the strongest proponents are looked at; 10 when left out, 1 is the paper's test.
         bootstrap: Resamples of test examples; 0 for none.
         confidence: Of the interval.
         seed: Of the resamples.
@@ -57,10 +59,10 @@ def subclass_detection(
     scores: Any,
     train_subclasses: Any,
     test_subclasses: Any,
-    k: int = 10,
+    train_classes: Any = None,
+    test_classes: Any = None,
+    k: int | None = None,
     *,
-    train_labels: Any = None,
-    test_labels: Any = None,
     bootstrap: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -71,10 +73,10 @@ def subclass_detection(
         scores: `byline.Scores` or (n_test, n_train).
         train_subclasses: (n_train,).
         test_subclasses: (n_test,).
-        k: How many of the strongest proponents are looked at.
-        train_labels: (n_train,) merged classes. With both labels given, only training examples of the test example's
-            own class compete, so that finding the class alone counts for nothing.
-        test_labels: (n_test,) merged classes.
+        train_classes: (n_train,) merged classes. With both classes given, only training examples of the test
+            example's own class compete, so that finding the class alone counts for nothing.
+        test_classes: (n_test,) merged classes.
+        k: How many of the strongest proponents are looked at; 10 when left out, 1 is the paper's test.
         bootstrap: Resamples of test examples; 0 for none.
         confidence: Of the interval.
         seed: Of the resamples.
@@ -83,17 +85,17 @@ def subclass_detection(
         As `class_detection`.
 
     Raises:
-        ValueError: Shapes that do not match, k out of range, or one of the two labels alone.
+        ValueError: Shapes that do not match, k out of range, or one of the two classes alone.
     """
     values = matrix_of(scores)
     train = labels_of(train_subclasses, values.shape[1], "train_subclasses")
     test = labels_of(test_subclasses, values.shape[0], "test_subclasses")
     allowed = np.ones(values.shape, dtype=bool)
-    if (train_labels is None) != (test_labels is None):
-        raise ValueError("train_labels and test_labels: got one of them; expected both or none")
-    if train_labels is not None:
-        merged = labels_of(train_labels, values.shape[1], "train_labels")
-        allowed = labels_of(test_labels, values.shape[0], "test_labels")[:, None] == merged[None]
+    if (train_classes is None) != (test_classes is None):
+        raise ValueError("train_classes and test_classes: got one of them; expected both or none")
+    if train_classes is not None:
+        merged = labels_of(train_classes, values.shape[1], "train_classes")
+        allowed = labels_of(test_classes, values.shape[0], "test_classes")[:, None] == merged[None]
     return _detect("subclass detection", values, train, test, allowed, k, bootstrap, confidence, seed)
 
 
@@ -103,14 +105,16 @@ def _detect(
     train: np.ndarray,
     test: np.ndarray,
     allowed: np.ndarray,
-    k: int,
+    k: int | None,
     bootstrap: int,
     confidence: float,
     seed: int,
 ) -> Measure:
     check_bootstrap(bootstrap, confidence)
-    if not isinstance(k, int) or not 1 <= k <= values.shape[1]:
-        raise ValueError(f"k is {k!r}; expected an int from 1 to the {values.shape[1]} training examples")
+    if k is None:
+        k = _TOP
+    if not is_whole(k, 1, values.shape[1]):
+        raise ValueError(f"k is {k!r}; expected a whole number from 1 to the {values.shape[1]} training examples")
     each = np.full(len(values), np.nan)
     precision, auc, chance = (np.full(len(values), np.nan) for _ in range(3))
     for z, row in enumerate(values):
@@ -124,13 +128,15 @@ def _detect(
             precision[z] = average_precision_score(same, row[places])
             auc[z] = roc_auc_score(same, row[places])
     mean, interval = mean_interval(each, bootstrap, confidence, seed)
+    kind = name.split()[0]
+    among = "" if allowed.all() else " among the training examples of its merged class"
     return Measure(
         name=name,
         mean=mean,
         interval=interval,
         per_example=each,
-        protocol=f"Share of the {k} strongest proponents with the test example's label; test examples with fewer than "
-        f"{k} candidates or none of their label are left out.",
+        protocol=f"Share of the {k} strongest proponents{among} that have the test example's {kind}; test examples "
+        f"with fewer than {k} candidates or none of their {kind} are left out.",
         source=_SOURCE,
         details={"average_precision": _mean(precision), "roc_auc": _mean(auc), "chance": _mean(chance)},
         confidence=confidence,

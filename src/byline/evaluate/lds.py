@@ -11,6 +11,7 @@ Predictions from Training Data").
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
 from math import comb
@@ -21,6 +22,8 @@ import torch
 from scipy.stats import rankdata
 
 from byline.evaluate.bank import Bank
+
+Correlation = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 _SPLITS = 20  # ways of halving the seeds that are averaged, where there are more
 _CELLS = 500_000  # float32 cells of the bootstrap's largest array: 2 MB stay in the cache
@@ -129,7 +132,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
 
 
-def noise_ceiling(bank: Bank) -> tuple[float, float]:
+def noise_ceiling(bank: Bank, correlation: Correlation = spearman) -> tuple[float, float]:
     """How far the bank's noise lets any prediction come: (split-half, ceiling); NaN with one seed.
 
     The correlation over subsets between the mean outputs of two disjoint halves of the seeds, taken for each
@@ -137,14 +140,15 @@ def noise_ceiling(bank: Bank) -> tuple[float, float]:
     the mean of all seeds by the Spearman-Brown formula. The root of that reliability is the correlation a
     perfect predictor would have (Spearman 1904). The root is taken of the mean: each example's own estimate
     is so noisy that the mean of their roots would be far above zero for a bank of pure noise. Where
-    reliabilities differ this errs upwards, as a ceiling should. A negative mean counts as none.
+    reliabilities differ this errs upwards, as a ceiling should. A negative mean counts as none. `correlation` takes
+    the place of the rank correlation, row by row.
     """
     seeds = bank.seeds
     if seeds < 2:
         return float("nan"), float("nan")
     half, outputs = seeds // 2, bank.outputs.astype(np.float64)
     correlations = [
-        spearman(outputs[:, list(left)].mean(1).T, outputs[:, list(right)].mean(1).T)
+        correlation(outputs[:, list(left)].mean(1).T, outputs[:, list(right)].mean(1).T)
         for left, right in _halves(seeds, half)
     ]
     halves = np.mean(correlations, axis=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ class Measure:
         name: Of the measure.
         mean: Over the examples that count.
         interval: Bootstrap confidence interval of the mean, (low, high); NaN where none was asked for.
-        per_example: (n,) float64, what `protocol` says it is; NaN for examples that do not count.
+        per_example: (n,) float64, what the measure says it is; NaN for examples without a value.
         protocol: How it was measured, in a sentence.
         source: Where the protocol comes from.
         details: Further figures.
         confidence: That of the interval.
+        left_out: Number of examples that do not count in the mean; those without a value, unless said otherwise.
     """
 
     name: str
@@ -33,11 +34,11 @@ class Measure:
     source: str
     details: dict[str, Any] = field(default_factory=dict, repr=False)
     confidence: float = 0.95
+    left_out: int = -1
 
-    @property
-    def left_out(self) -> int:
-        """Number of examples without a value."""
-        return int(np.isnan(self.per_example).sum())
+    def __post_init__(self) -> None:
+        if self.left_out < 0:
+            object.__setattr__(self, "left_out", int(np.isnan(self.per_example).sum()))
 
     def __float__(self) -> float:
         return self.mean
@@ -47,7 +48,8 @@ class Measure:
         parts = [f"{self.name} {self.mean:.3f}"]
         if np.isfinite(low):
             parts.append(f"{self.confidence * 100:g} % interval {low:.3f} to {high:.3f}")
-        parts.append(f"{len(self.per_example) - self.left_out} examples")
+        every = len(self.per_example)
+        parts.append(f"{every - self.left_out} of {every} examples" if self.left_out else f"{every} examples")
         return ", ".join(parts)
 
 
@@ -55,12 +57,14 @@ def matrix_of(scores: Any, name: str = "scores") -> np.ndarray:
     """(n_test, n_train) float array of `byline.Scores`, a tensor or an array.
 
     Raises:
-        ValueError: No matrix, or a number that is not finite.
+        ValueError: No matrix of numbers, an empty one, or a number that is not finite.
     """
     values = scores if isinstance(scores, torch.Tensor) else getattr(scores, "values", scores)
     array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
-    if array.ndim != 2:
-        raise ValueError(f"{name} has shape {array.shape}; expected (n_test, n_train)")
+    if array.ndim != 2 or not array.size:
+        raise ValueError(f"{name} has shape {array.shape}; expected (n_test, n_train), neither of them 0")
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{name} has dtype {array.dtype}; expected real numbers")
     if not np.isfinite(array).all():
         z, i = np.argwhere(~np.isfinite(array))[0]
         raise ValueError(f"{name}: test example {z}, training example {i} is {array[z, i]}; expected finite numbers")
@@ -71,17 +75,24 @@ def labels_of(labels: Any, length: int, name: str) -> np.ndarray:
     """(length,) labels as an array.
 
     Raises:
-        ValueError: Another shape.
+        ValueError: Another shape, or a label that is NaN.
     """
     array = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
     if array.shape != (length,):
         raise ValueError(f"{name} has shape {array.shape}; expected ({length},)")
+    if array.dtype.kind == "f" and np.isnan(array).any():
+        raise ValueError(f"{name}: number {int(np.isnan(array).argmax())} is nan; expected labels")
     return array
+
+
+def is_whole(value: Any, low: int, high: float = float("inf")) -> TypeGuard[int]:
+    """Whether it is an int, of Python or NumPy but no bool, from low to high."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(low <= value <= high)
 
 
 def check_bootstrap(bootstrap: int, confidence: float) -> None:
     """Refuse a number of resamples or a confidence that has no meaning."""
-    if bootstrap < 0:
+    if not is_whole(bootstrap, 0):
         raise ValueError(f"bootstrap={bootstrap!r}: expected a whole number of at least 0")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence!r}: expected a number between 0 and 1")

@@ -2,7 +2,9 @@
 
 Labels of a random share of the training set are flipped, models are trained on them, examples are ranked by suspicion,
 their self-influence as a rule, and the ranking is judged by ROC-AUC, by average precision, and by how many of the
-flipped are found after checking so many (Koh & Liang 2017, section 5.4; Pruthi et al. 2020, section 4.1).
+flipped are found after checking so many (Koh & Liang 2017, "Understanding Black-box Predictions via Influence
+Functions", section 5.4; Pruthi et al. 2020, "Estimating Training Data Influence by Tracing Gradient Descent",
+section 4).
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def flip_labels(labels: Any, fraction: float, classes: int, seed: int = 0) -> tu
         raise ValueError(f"labels has shape {given.shape}, {given.dtype}; expected (n,) whole numbers")
     if classes < 2 or (len(given) and not 0 <= given.min() <= given.max() < classes):
         raise ValueError(f"classes is {classes}; expected at least 2, and labels from 0 to classes - 1")
-    count = round(fraction * len(given))
+    count = round(fraction * len(given)) if 0 < fraction < 1 else 0
     if not 0 < count < len(given):
         raise ValueError(f"fraction={fraction!r}: flips {count} of {len(given)} labels; expected some, not all")
     rng = np.random.default_rng(seed)
@@ -71,17 +73,14 @@ def mislabel_detection(
         ROC-AUC as the mean; ``per_example`` is, of each training example that was flipped, the share of clean examples
         that are less suspicious (their mean is the AUC), NaN for the clean ones. ``details``: ``average_precision``
         with ``average_precision_interval``, ``base_rate``, and the curve ``checked`` (shares of the training set)
-        against ``found`` (shares of the flipped).
+        against ``found`` (shares of the flipped) with ``found_interval`` (2, points). Among equally suspicious
+        examples the curve goes by the mean over their orders.
 
     Raises:
         ValueError: Shapes that do not match, a number that is not finite, none or all flipped.
     """
     check_bootstrap(bootstrap, confidence)
-    value = getattr(suspicion, "values", suspicion)
-    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-    array = -matrix_of(array, "suspicion").mean(0) if array.ndim == 2 else array
-    if array.ndim != 1 or not np.isfinite(array).all():
-        raise ValueError(f"suspicion has shape {array.shape}; expected (n_train,) finite numbers, or (n_test, n_train)")
+    array = _suspicion(suspicion)
     mask = _mask(flipped, len(array))
     # ties count as half, as in the area under the curve
     ranks = rankdata(array)
@@ -89,23 +88,25 @@ def mislabel_detection(
     above = (ranks[mask] - rankdata(bad)) / len(clean)
     each = np.full(len(array), np.nan)
     each[mask] = above
-    aucs, precisions = _resample(array, mask, bootstrap, np.random.default_rng(seed))
-    order = np.argsort(-array, kind="stable")
-    found = np.cumsum(mask[order]) / mask.sum()
-    counts = np.maximum(1, np.round(CHECKED * len(array)).astype(int))
+    aucs, precisions, found = _resample(array, mask, bootstrap, np.random.default_rng(seed))
+    tail = (1 - confidence) / 2
     return Measure(
         name="mislabel detection, ROC-AUC",
         mean=float(roc_auc_score(mask, array)),
         interval=percentile(aucs, confidence),
         per_example=each,
-        protocol=f"{mask.sum()} of {len(array)} labels flipped, ranked by suspicion.",
-        source="Koh & Liang 2017, section 5.4; Pruthi et al. 2020, section 4.1",
+        protocol=f"{mask.sum()} of {len(array)} labels flipped, all ranked by suspicion; ROC-AUC of flipped against "
+        "clean, resampled within each.",
+        source="Koh & Liang 2017, section 5.4; Pruthi et al. 2020, section 4",
         details={
             "average_precision": float(average_precision_score(mask, array)),
             "average_precision_interval": percentile(precisions, confidence),
             "base_rate": float(mask.mean()),
             "checked": CHECKED,
-            "found": found[counts - 1],
+            "found": _curves(array, mask, np.ones((1, len(array)), dtype=np.int64))[2][0],
+            "found_interval": np.quantile(found, [tail, 1 - tail], axis=0)
+            if bootstrap
+            else np.full((2, len(CHECKED)), np.nan),
         },
         confidence=confidence,
     )
@@ -113,25 +114,56 @@ def mislabel_detection(
 
 def _resample(
     array: np.ndarray, mask: np.ndarray, draws: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """ROC-AUC and average precision of bootstrap resamples, (draws,) each: one sort, and counts in place of copies."""
-    order = np.argsort(-array, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(array[order]) != 0])  # equal values share a threshold
-    aucs, precisions = np.empty(draws), np.empty(draws)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`_curves` of bootstrap resamples of the flipped and of the clean, a few at a time to stay small."""
+    parts = []
     for start in range(0, draws, 64):
-        size = min(64, draws - start)
-        counts = np.zeros((size, len(array)), dtype=np.int64)
+        counts = np.zeros((min(64, draws - start), len(array)), dtype=np.int64)
         for part in (mask, ~mask):
             total = int(part.sum())
-            counts[:, part] = rng.multinomial(total, np.full(total, 1 / total), size)
-        bad = np.add.reduceat(np.where(mask, counts, 0)[:, order], starts, axis=1)
-        clean = np.add.reduceat(np.where(mask, 0, counts)[:, order], starts, axis=1)
-        hits, false = bad.cumsum(1), clean.cumsum(1)
-        rest = false[:, -1:] - false + clean / 2
-        place = slice(start, start + size)
-        aucs[place] = (bad * rest).sum(1) / (hits[:, -1] * false[:, -1])
-        precisions[place] = (bad * hits / np.maximum(hits + false, 1)).sum(1) / hits[:, -1]
-    return aucs, precisions
+            counts[:, part] = rng.multinomial(total, np.full(total, 1 / total), len(counts))
+        parts.append(_curves(array, mask, counts))
+    empty = np.empty(0), np.empty(0), np.empty((0, len(CHECKED)))
+    return tuple(np.concatenate(each) for each in zip(*parts, strict=True)) if parts else empty  # type: ignore[return-value]
+
+
+def _curves(array: np.ndarray, mask: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ROC-AUC (draws,), average precision (draws,) and found (draws, points): one sort, and counts in place of copies.
+
+    Args:
+        array: (n,) suspicion.
+        mask: (n,) which are flipped.
+        counts: (draws, n) how often each example was drawn.
+    """
+    order = np.argsort(-array, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(array[order]) != 0])  # equal values share a threshold
+    bad = np.add.reduceat(np.where(mask, counts, 0)[:, order], starts, axis=1)
+    clean = np.add.reduceat(np.where(mask, 0, counts)[:, order], starts, axis=1)
+    hits, false = bad.cumsum(1), clean.cumsum(1)
+    rest = false[:, -1:] - false + clean / 2
+    aucs = (bad * rest).sum(1) / (hits[:, -1] * false[:, -1])
+    precisions = (bad * hits / np.maximum(hits + false, 1)).sum(1) / hits[:, -1]
+    # linear within a block of equals: the mean over their orders
+    points = CHECKED * counts.shape[1]
+    found = [np.interp(points, np.r_[0, h + f], np.r_[0, h]) / h[-1] for h, f in zip(hits, false, strict=True)]
+    return aucs, precisions, np.array(found)
+
+
+def _suspicion(given: Any) -> np.ndarray:
+    """(n_train,) float64, of what either form gives."""
+    # a tensor's own `values` is a method for sparse ones
+    value = given if isinstance(given, torch.Tensor) else getattr(given, "values", given)
+    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    if array.ndim == 2:
+        return -matrix_of(array, "suspicion").astype(np.float64).mean(0)
+    if array.ndim != 1 or array.dtype.kind not in "fiu":
+        raise ValueError(
+            f"suspicion: got {array.dtype} {array.shape}; expected numbers (n_train,), or scores (n_test, n_train)"
+        )
+    if not np.isfinite(array).all():
+        i = int((~np.isfinite(array)).argmax())
+        raise ValueError(f"suspicion: training example {i} is {array[i]}; expected (n_train,) finite numbers")
+    return array.astype(np.float64)
 
 
 def _mask(flipped: Any, length: int) -> np.ndarray:

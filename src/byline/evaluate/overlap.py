@@ -1,6 +1,9 @@
 """Top-k overlap: do two attributions name the same training examples?
 
-overlap(z) = |top_k(a, z) ∩ top_k(b, z)| / k
+    overlap(z) = |top_k(a, z) ∩ top_k(b, z)| / k,
+
+its mean over test examples (the set overlap of top-k lists, as in Fagin, Kumar & Sivakumar 2003, "Comparing Top k
+Lists").
 """
 
 from __future__ import annotations
@@ -9,10 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from byline.evaluate.measure import Measure, check_bootstrap, matrix_of, mean_interval
+from byline.evaluate.measure import Measure, check_bootstrap, is_whole, matrix_of, mean_interval
 from byline.scores import Scores
-
-_SIDES = ("proponents", "opponents")
 
 
 def topk_overlap(
@@ -20,7 +21,7 @@ def topk_overlap(
     b: Any,
     k: int = 10,
     *,
-    side: str = "proponents",
+    sign: str = "proponents",
     bootstrap: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -31,7 +32,7 @@ def topk_overlap(
         a: `byline.Scores` or (n_test, n_train).
         b: Others, of the same examples.
         k: How many of the strongest.
-        side: "proponents" or "opponents".
+        sign: "proponents" or "opponents": the highest scores or the lowest.
         bootstrap: Resamples of test examples; 0 for none.
         confidence: Of the interval.
         seed: Of the resamples.
@@ -40,15 +41,17 @@ def topk_overlap(
         Mean over test examples; ``details["chance"]`` is what two random rankings share, k / n_train.
 
     Raises:
-        ValueError: Shapes that differ, k or side out of range.
+        ValueError: Shapes that differ, k out of range, or an unknown sign.
     """
     first, second = matrix_of(a, "a"), matrix_of(b, "b")
     check_bootstrap(bootstrap, confidence)
     if first.shape != second.shape:
         raise ValueError(f"a has shape {first.shape} and b {second.shape}; expected the same")
-    if side not in _SIDES:
-        raise ValueError(f"side is {side!r}; expected one of {list(_SIDES)}")
-    tops = [getattr(Scores(values).top(k), side).indices for values in (first, second)]
+    if sign not in ("proponents", "opponents"):
+        raise ValueError(f"sign is {sign!r}; expected 'proponents' or 'opponents'")
+    if not is_whole(k, 1, first.shape[1]):
+        raise ValueError(f"k is {k!r}; expected a whole number from 1 to the {first.shape[1]} training examples")
+    tops = [getattr(Scores(values).top(k), sign).indices for values in (first, second)]
     each = np.array([len(np.intersect1d(x, y)) / k for x, y in zip(*tops, strict=True)])
     mean, interval = mean_interval(each, bootstrap, confidence, seed)
     return Measure(
@@ -56,8 +59,8 @@ def topk_overlap(
         mean=mean,
         interval=interval,
         per_example=each,
-        protocol=f"Share of the {k} strongest {side} that both name, for each test example.",
-        source="set overlap at k, as in rank comparison (Fagin et al. 2003)",
+        protocol=f"Share of the {k} strongest {sign} that both name, for each test example.",
+        source="Fagin et al. 2003",
         details={"chance": k / first.shape[1]},
         confidence=confidence,
     )

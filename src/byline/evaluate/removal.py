@@ -2,10 +2,11 @@
 
     removal(z, k) = f(z; all) - f(z; all but the k strongest of z)
 
-beside the same for k random examples: scores are worth what they take beyond chance (Hooker et al. 2019's removal and
-retraining, by example; Ilyas et al. 2022, "Datamodels", section 4.1). Addition is the mirror image: a random base set,
-and the k strongest of z that are not in it. Brittleness is the share of test examples that were right and whose
-prediction the removal turns (Ilyas et al. 2022; Park et al. 2023, section 5).
+beside the same for k random examples: scores are worth what they take beyond chance (counterfactual prediction in
+Ilyas et al. 2022, "Datamodels: Predicting Predictions from Training Data", section 4.1; Park et al. 2023, "TRAK:
+Attributing Model Behavior at Scale"). Addition is the mirror image: a random base set, and the k strongest of z that
+are not in it. Brittleness is the share of test examples that were right and whose prediction the removal turns (Ilyas
+et al. 2022, section 4.1).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from byline import batches
 from byline.batches import Batch
-from byline.evaluate.measure import Measure, check_bootstrap, matrix_of, mean_interval
+from byline.evaluate.measure import Measure, check_bootstrap, is_whole, matrix_of, mean_interval
 from byline.evaluate.retraining import HasOutput, TrainFn, retrain
 from byline.scores import Scores
 from byline.task import Task
@@ -59,7 +60,7 @@ def removal_curve(
         examples: Which test examples; the first so many.
         seeds: Models per set.
         direction: "remove" from the whole training set, or "add" to a random base set.
-        side: "proponents", whose loss should lower the output, or "opponents".
+        side: "proponents", without which the output should fall, or "opponents".
         base: Size of the base set for "add", as a share of the training set.
         path: Where the retrained models' outputs are kept, and found again after a stop (see `byline.retrain`).
         seed: Of the models, the control and the resamples.
@@ -69,19 +70,23 @@ def removal_curve(
 
     Returns:
         ``mean``, ``interval`` and ``per_example`` (n_examples,) are of the largest k: the move of the output in the
-        direction the scores foretell, less the move for as many random examples. ``details``: ``sizes``, and per size
-        ``moved`` and ``control`` (sizes, n_examples), ``means``, ``intervals``; ``examples``.
+        direction the scores foretell, less the move for as many random examples, the same for all test examples.
+        ``details``: ``sizes``; ``moved`` and ``control`` (sizes, n_examples), the moves themselves, positive in the
+        direction foretold; for each size ``means`` and ``intervals`` of their difference, ``moved_means``,
+        ``moved_intervals``, ``control_means``, ``control_intervals``; ``examples``. The intervals are over test
+        examples: noise of training that all of them share (the random sets' models) is not in them.
 
     Raises:
         ValueError: An argument out of range, or shapes that do not match.
     """
     values = matrix_of(scores)
     check_bootstrap(bootstrap, confidence)
-    chosen, ks = _chosen(examples, values, test_set), _sizes(sizes, values.shape[1], direction, base)
     if direction not in ("remove", "add"):
         raise ValueError(f"direction is {direction!r}; expected 'remove' or 'add'")
     if side not in ("proponents", "opponents"):
         raise ValueError(f"side is {side!r}; expected 'proponents' or 'opponents'")
+    chosen = _chosen(examples, values, train_set, test_set)
+    ks = _sizes(sizes, values.shape[1], direction, base)
     masks = _masks(values[chosen], ks, direction, side, base, seed)
     bank = retrain(
         train_fn,
@@ -101,7 +106,9 @@ def removal_curve(
     sign = -1 if (direction == "remove") == (side == "proponents") else 1
     moved, control = sign * moved, sign * control
     gains = moved - control
-    found = [mean_interval(gain, bootstrap, confidence, seed) for gain in gains]
+    found, of_moved, of_control = (
+        [mean_interval(values, bootstrap, confidence, seed) for values in rows] for rows in (gains, moved, control)
+    )
     verb = "out of the training set" if direction == "remove" else f"into a random {base * 100:g} % of it"
     return Measure(
         name=f"{direction} {ks[-1]} {side}",
@@ -117,6 +124,10 @@ def removal_curve(
             "control": control,
             "means": [mean for mean, _ in found],
             "intervals": [interval for _, interval in found],
+            "moved_means": [mean for mean, _ in of_moved],
+            "moved_intervals": [interval for _, interval in of_moved],
+            "control_means": [mean for mean, _ in of_control],
+            "control_intervals": [interval for _, interval in of_control],
             "examples": chosen,
         },
         confidence=confidence,
@@ -141,7 +152,9 @@ def brittleness(
 ) -> Measure:
     """Share of right predictions that turn when few training examples are removed.
 
-    A prediction is right when the label's logit exceeds every other's, on the mean over seeds of that difference.
+    A prediction is right when the label's logit exceeds every other's, on the mean over seeds of that difference, so
+    that is what the retrained models are asked for. The task's own output, log p/(1-p), would not do: with more than
+    two classes it is negative for many a right prediction. A tie counts as turned.
 
     Args:
         scores: `byline.Scores` or (n_test, n_train).
@@ -160,9 +173,11 @@ def brittleness(
         progress: Whether to show a bar.
 
     Returns:
-        ``mean``: the share that turns at the largest k; ``per_example``: the smallest k tried that turns it, ``inf``
-        where none does, NaN where the prediction was wrong to begin with. ``details``: ``sizes``, ``turned`` and
-        ``control`` (shares per size, the control removing random examples), ``intervals``, ``examples``.
+        ``mean``: the share that turns at the largest k; ``per_example`` (n_examples,): the smallest k tried that turns
+        it, NaN where none does or the prediction was wrong to begin with; ``left_out`` counts the latter alone.
+        ``details``: ``sizes``; for each size ``turned`` and its ``intervals``, ``control`` (the shares that turn when
+        as many random examples are removed) and ``control_intervals``; ``right`` (n_examples,) bool, right to begin
+        with; ``lead`` (1 + sizes, n_examples), the logit differences, from the whole training set on; ``examples``.
 
     Raises:
         ValueError: An argument out of range, shapes that do not match, or a task that is no classification.
@@ -171,7 +186,8 @@ def brittleness(
         raise ValueError(f"task has the output {getattr(task, 'name', '?')!r}; brittleness needs 'classification'")
     values = matrix_of(scores)
     check_bootstrap(bootstrap, confidence)
-    chosen, ks = _chosen(examples, values, test_set), _sizes(sizes, values.shape[1], "remove", 1.0)
+    chosen = _chosen(examples, values, train_set, test_set)
+    ks = _sizes(sizes, values.shape[1], "remove", 1.0)
     masks = _masks(values[chosen], ks, "remove", "proponents", 1.0, seed)
     bank = retrain(
         train_fn,
@@ -191,8 +207,11 @@ def brittleness(
     each = np.full(len(chosen), np.nan)
     for z in np.flatnonzero(right):
         hit = np.flatnonzero(turned[:, z])
-        each[z] = ks[hit[0]] if len(hit) else np.inf
-    shares = [mean_interval(np.where(right, t, np.nan).astype(float), bootstrap, confidence, seed) for t in turned]
+        each[z] = ks[hit[0]] if len(hit) else np.nan
+    shares, by_chance = (
+        [mean_interval(np.where(right, row, np.nan), bootstrap, confidence, seed) for row in rows]
+        for rows in (turned.astype(float), control.astype(float))
+    )
     return Measure(
         name=f"brittleness at {ks[-1]}",
         mean=shares[-1][0],
@@ -200,15 +219,19 @@ def brittleness(
         per_example=each,
         protocol=f"Share of {int(right.sum())} right predictions that turn with the {ks[-1]} strongest proponents "
         f"removed; {seeds} models each.",
-        source=f"{_SOURCE}; Park et al. 2023",
+        source=_SOURCE,
         details={
             "sizes": ks,
             "turned": [mean for mean, _ in shares],
             "intervals": [interval for _, interval in shares],
-            "control": [float(c[right].mean()) if right.any() else float("nan") for c in control],
+            "control": [mean for mean, _ in by_chance],
+            "control_intervals": [interval for _, interval in by_chance],
+            "right": right,
+            "lead": np.concatenate([lead[:1], own]),
             "examples": chosen,
         },
         confidence=confidence,
+        left_out=int((~right).sum()),
     )
 
 
@@ -228,24 +251,31 @@ class _Lead:
         return {**self.task.fingerprint(), "output": "lead"}
 
 
-def _chosen(examples: int | Sequence[int], values: np.ndarray, test_set: Any) -> list[int]:
-    size = len(batches.as_dataset(test_set, "test_set"))
-    if len(values) > size:
-        raise ValueError(f"scores: has {len(values)} rows; test_set has {size} examples")
-    found = list(range(min(examples, len(values)))) if isinstance(examples, int) else [int(i) for i in examples]
-    if not found or not all(0 <= i < len(values) for i in found):
-        raise ValueError(f"examples is {examples!r}; expected some from 0 to {len(values) - 1}")
-    return found
+def _chosen(examples: int | Sequence[int], values: np.ndarray, train_set: Any, test_set: Any) -> list[int]:
+    rows, columns = values.shape
+    n_test, n_train = len(batches.as_dataset(test_set, "test_set")), len(batches.as_dataset(train_set, "train_set"))
+    if rows > n_test or columns != n_train:
+        raise ValueError(
+            f"scores: got {values.shape}; train_set has {n_train} examples and test_set {n_test}, so expected "
+            f"({n_test}, {n_train}), or fewer rows"
+        )
+    found = range(min(int(examples), rows)) if is_whole(examples, 1) else examples
+    if (
+        not isinstance(found, Sequence | np.ndarray)
+        or not len(found)
+        or not all(is_whole(i, 0, rows - 1) for i in found)
+    ):
+        raise ValueError(f"examples is {examples!r}; expected how many, or places from 0 to {rows - 1}")
+    return [int(i) for i in found]
 
 
 def _sizes(sizes: Sequence[int], n_train: int, direction: str, base: float) -> list[int]:
     if not 0 < base <= 1 or (direction == "add" and not 0 < round(base * n_train) < n_train):
         raise ValueError(f"base is {base!r}; expected a share between 0 and 1 that leaves some examples to add")
     room = n_train - (round(base * n_train) if direction == "add" else 1)
-    ks = sorted({int(k) for k in sizes})
-    if not ks or ks[0] < 1 or ks[-1] > room:
-        raise ValueError(f"sizes is {list(sizes)!r}; expected whole numbers from 1 to {room}")
-    return ks
+    if not isinstance(sizes, Sequence | np.ndarray) or not len(sizes) or not all(is_whole(k, 1, room) for k in sizes):
+        raise ValueError(f"sizes is {sizes!r}; expected whole numbers from 1 to {room}")
+    return sorted({int(k) for k in sizes})
 
 
 def _masks(values: np.ndarray, ks: list[int], direction: str, side: str, base: float, seed: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from torch.utils.data import Subset
 from byline import batches
 from byline.batches import Batch
 from byline.evaluate.bank import Bank, read, write
+from byline.evaluate.measure import is_whole
 from byline.ledger import Cost, Ledger
 from byline.progress import bar
 from byline.training import Run, Trainer
@@ -65,8 +66,10 @@ def retrain(
         train_set: Map-style dataset the subsets are drawn from.
         test_set: Map-style dataset whose outputs are recorded.
         task: The task; its output is what is recorded, in eval mode.
-        subsets: Number of random subsets, S; or the subsets themselves, (S, n_train) bool, of any sizes.
-        fraction: Size of a random subset as a share of the training set, between 0 and 1.
+        subsets: Number of random subsets, S; or the subsets themselves, a NumPy array (S, n_train) bool, of any
+            sizes but 0.
+        fraction: Size of a random subset as a share of the training set, between 0 and 1; unused where the subsets
+            are given.
         seeds: Models a subset, R.
         seed: What subsets and models are drawn from.
         path: File of the finished bank (``….safetensors``). While it is made, finished parts lie beside it in
@@ -84,13 +87,14 @@ def retrain(
     """
     train_set = batches.as_dataset(train_set, "train_set")
     n_train = len(train_set)
-    if seeds < 1:
+    if not is_whole(seeds, 1):
         raise ValueError(f"seeds={seeds!r}: expected a whole number of at least 1")
     masks = _subsets(subsets, n_train, fraction, seed)
-    given = not isinstance(subsets, int)
+    given = isinstance(subsets, np.ndarray)
+    seeds = int(seeds)
     test = fetch(test_set, "test_set", getattr(train_fn, "collate", None))
     made = {
-        "subsets": hashlib.sha256(np.packbits(masks).tobytes()).hexdigest()[:16] if given else subsets,
+        "subsets": hashlib.sha256(np.packbits(masks).tobytes()).hexdigest()[:16] if given else len(masks),
         "fraction": None if given else fraction,
         "seeds": seeds,
         "seed": seed,
@@ -144,16 +148,20 @@ def _subsets(subsets: int | np.ndarray, n_train: int, fraction: float, seed: int
         if subsets.ndim != 2 or subsets.dtype != bool or subsets.shape[1] != n_train or not len(subsets):
             raise ValueError(f"subsets: got {subsets.dtype} {subsets.shape}; expected bool (subsets, {n_train})")
         if not subsets.any(1).all():
-            raise ValueError(f"subsets: number {int((~subsets.any(1)).argmax())} is empty")
-        return subsets
-    if isinstance(subsets, bool) or subsets < 1:
-        raise ValueError(f"subsets={subsets!r}: expected a whole number of at least 1")
+            empty = int((~subsets.any(1)).argmax())
+            raise ValueError(f"subsets: number {empty} is empty; expected at least one example in each")
+        return subsets.copy()
+    if not is_whole(subsets, 1):
+        got = repr(subsets) if isinstance(subsets, int | float | str) else type(subsets).__name__
+        raise ValueError(
+            f"subsets: got {got}; expected a whole number of at least 1, or a bool array (subsets, {n_train})"
+        )
     size = round(fraction * n_train)
     if not 0 < size < n_train:
         raise ValueError(
             f"fraction={fraction!r}: gives subsets of {size} of {n_train} examples; expected some, not all"
         )
-    return draw_subsets(n_train, subsets, size, seed)
+    return draw_subsets(n_train, int(subsets), size, seed)
 
 
 def draw_subsets(n_train: int, subsets: int, size: int, seed: int) -> np.ndarray:

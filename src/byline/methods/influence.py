@@ -28,7 +28,7 @@ from byline.features import Exact
 from byline.features.base import Rows, State
 from byline.methods.base import Attributor, Voter
 from byline.methods.curvature import CURVATURES, SOLVERS, Problem, Solver
-from byline.methods.curvature.base import Inverse
+from byline.methods.curvature.base import Inverse, Quadratic
 from byline.methods.curvature.explicit import Explicit, cholesky, solve
 from byline.store import Stored
 from byline.task import Task
@@ -221,7 +221,8 @@ class Influence(Attributor):
         stored, scale = self._stored(voter), self._loss_scale(voter)
         with self._bench.active(voter.member, "gradient") as active:
             read, inverse = self._applied(voter, active)
-            norms = None if self.normalization is None else self._train_norms(stored, read.vectors, inverse)
+            quadratic = None if self.normalization is None else self._quadratic(voter, active)
+            norms = None if self.normalization is None else self._train_norms(stored, read.vectors, inverse, quadratic)
             factor = _factor(scale, norms)
             for start, stop, rows in stream_rows(job, voter.member, self._state(voter), self._bench, active):
                 votes = torch.cat([self._against(inverse(part), stored, read) for part in _parts(rows, read.vectors)])
@@ -240,10 +241,23 @@ class Influence(Attributor):
                 parts.append(read.products(vectors, {name: value[a:b] for name, value in rows.items()}))
         return torch.cat(parts, 1)
 
-    def _train_norms(self, stored: Stored, flat: Callable[[Rows], Tensor], inverse: Inverse) -> Tensor:
+    def _quadratic(self, voter: Voter, active: Active) -> Quadratic | None:
+        """``rᵀ (H + λI)⁻¹ r`` of rows, where the solver has a short way."""
+        if self._projected:
+            return None
+        state = self.store.state(self._curvature_key(voter))
+        assert state is not None, "fit keeps the curvature of every member"
+        return self.solver.quadratic(self._problem(voter, active), state, self._damping)
+
+    def _train_norms(
+        self, stored: Stored, flat: Callable[[Rows], Tensor], inverse: Inverse, quadratic: Quadratic | None
+    ) -> Tensor:
         """(n_train,) what RelatIF divides by, of the stored rows (∇f where the loss follows the output)."""
         out = []
         for a, b in self._chunks(stored):
+            if self.normalization == "relatif" and quadratic is not None:
+                out.append(quadratic(stored.read(a, b)).clamp_min(0).sqrt())
+                continue
             for part in _parts(stored.read(a, b), flat):
                 solved = inverse(part)
                 if self.normalization == "relatif":
@@ -254,16 +268,23 @@ class Influence(Attributor):
 
     def _self(self, voter: Voter) -> Tensor:
         stored, scale = self._stored(voter), self._loss_scale(voter)
-        job = self._job(self._train_set, "train_set", "output")
         with self._bench.active(voter.member, "gradient") as active:
             read, inverse = self._applied(voter, active)
-            norms = None if self.normalization is None else self._train_norms(stored, read.vectors, inverse)
+            quadratic = self._quadratic(voter, active)
+            norms = None if self.normalization is None else self._train_norms(stored, read.vectors, inverse, quadratic)
             factor = _factor(scale, norms)
             dots = []
-            for start, stop, rows in stream_rows(job, voter.member, self._state(voter), self._bench, active):
-                solved = [inverse(part) for part in _parts(rows, read.vectors)]
-                others = _parts(stored.read(start, stop), read.vectors)
-                dots += [(x * y.to(x)).sum(1) for x, y in zip(solved, others, strict=True)]
+            if self._of == "output" and quadratic is not None:
+                dots = [quadratic(stored.read(a, b)) for a, b in self._chunks(stored)]
+            elif self._of == "output":
+                for a, b in self._chunks(stored):
+                    dots += [(part * inverse(part)).sum(1) for part in _parts(stored.read(a, b), read.vectors)]
+            else:
+                job = self._job(self._train_set, "train_set", "output")
+                for start, stop, rows in stream_rows(job, voter.member, self._state(voter), self._bench, active):
+                    solved = [inverse(part) for part in _parts(rows, read.vectors)]
+                    others = _parts(stored.read(start, stop), read.vectors)
+                    dots += [(x * y.to(x)).sum(1) for x, y in zip(solved, others, strict=True)]
         found = torch.cat(dots)
         return found if factor is None else found * factor.to(found)
 

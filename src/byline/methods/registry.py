@@ -34,7 +34,8 @@ class MethodInfo:
         title: In tables.
         description: In a sentence.
         citation: Where it comes from.
-        needs: "gradients", "embeddings" or "nothing"; and "labels" where it needs a classification.
+        needs: "gradients", "embeddings" or "nothing"; and "labels" where it reads them beside the task's own output
+            and loss.
         ensembles: The kinds that have a meaning for it.
         cls: Its class.
         options: What the name stands for beyond the class.
@@ -49,11 +50,17 @@ class MethodInfo:
     ensembles: tuple[str, ...] = _BUT_FORWARD
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def forward_only(self) -> bool:
+        """Whether ``Dropout(..., forward_only=True)`` has a meaning for it."""
+        return "forward-only" in self.ensembles
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         plain = {k: v for k, v in asdict(self).items() if k not in ("cls", "options")}
         return {
             **plain,
+            "forward_only": self.forward_only,
             "class": f"byline.{self.cls.__name__}",
             "options": {k: repr(v) for k, v in self.options.items()},
         }
@@ -153,7 +160,7 @@ _METHODS = (
         "what each example adds to a refitted last layer",
         "Yeh et al. 2018, arXiv 1811.09720",
         RepresenterPoints,
-        needs=("embeddings",),
+        needs=("embeddings", "labels"),
     ),
     MethodInfo(
         "knn-shapley",

@@ -4,8 +4,15 @@
 
 λ = damping × mean_j ‖∇ℓ(j)‖²: a cosine between gradients after the second moment of the training gradients has been
 divided out, so that neither examples with long gradients nor directions that all examples share decide everything. The
-paper's correction by the optimizer's second moments is left out, for a checkpoint does not keep them; R is that of the
-training set alone. With `Factorized` features it is the paper's two-sided projection.
+paper's correction by the optimizer's second moments is left out, for a checkpoint does not keep them, and so is its
+mixing of R with the second moment of the evaluation set: R is that of the training set alone. With `Factorized`
+features it is the paper's two-sided projection.
+
+In the dual, with r the stored rows (∇ℓ over its scale s, so that small s costs no digits) and x = (K + λI)⁻¹ k_z:
+
+    g_zᵀ R⁻¹ r_i = (k(z, i) - Σ_j x_j s_j k(j, i))/λ,   ‖R^(-1/2) g_z‖² = (k(z, z) - k_zᵀ x)/λ
+
+which divides differences by λ: with gradients in float32, damping below about 1e-5 leaves few digits in either form.
 """
 
 from __future__ import annotations
@@ -15,23 +22,32 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from byline import batches
 from byline.features.base import Rows
 from byline.methods.base import Scorer, Voter
 from byline.methods.ridge import Ridge
 
 
 class TrackStar(Ridge):
-    """Cosines of preconditioned gradients, under any ensemble; 0 where a gradient is 0.
+    """Cosines of preconditioned gradients, under any ensemble, from -1 to 1; 0 where a gradient is 0.
 
-    ``damping="auto"`` is the rule of TRAK on the training gradients. ``self_influence()`` is 1 where the loss still
-    pulls at the output, and -1 where it pushes against it, times the cosine of ∇f(i) and ∇ℓ(i).
+    ``damping="auto"`` is the rule of TRAK on the training gradients: R leaves as many directions free. A large damping
+    gives GradCos. ``self_influence()`` is the preconditioned cosine of ∇f(i) and -∇ℓ(i), so that where one is a
+    multiple of the other it is 1 (the loss pulls the output up), -1 or 0, and ranks nothing.
 
     Attributes:
         damping_: relative damping per member, as given or as chosen by ``"auto"``, after ``fit``.
     """
 
     train_side = "loss"
+
+    def _check_size(self, n_train: int) -> None:
+        super()._check_size(n_train)
+        if self.damping == 0 and not self.features.linear:
+            raise ValueError(f"damping is 0; TrackStar with {self.features!r} expects a number above 0")
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self._gram_of: tuple[str, Tensor] | None = None
 
     def _scales(self, voter: Voter) -> Tensor | None:
         return self._loss_scale(voter)
@@ -43,7 +59,8 @@ class TrackStar(Ridge):
             dots, norms = whiten(rows)
             if self.ledger is not None:
                 self.ledger.add_flops("serving", 2.0 * dots.numel() * (self._stored(voter).columns + len(train)))
-            return (dots * _inverse_root(norms).unsqueeze(1) * train).float()
+            # rounding alone leads beyond a cosine's range
+            return (dots * _inverse_root(norms).unsqueeze(1) * train).clamp(-1, 1).float()
 
         return scorer
 
@@ -56,7 +73,8 @@ class TrackStar(Ridge):
 
             def in_primal(rows: Rows) -> tuple[Tensor, Tensor]:
                 white = _solved(factor, rows["rows"].T)
-                dots = [_solved(factor, stored.read(a, b)["rows"].T).T @ white for a, b in self._chunks(stored)]
+                whole = torch.linalg.solve_triangular(factor.T, white, upper=True)
+                dots = [stored.read(a, b)["rows"].double() @ whole for a, b in self._chunks(stored)]
                 return torch.cat(dots).T, white.square().sum(0)
 
             norms = torch.cat(
@@ -88,13 +106,11 @@ class TrackStar(Ridge):
     def _scaled_gram(self, voter: Voter) -> Tensor:
         """(n_train, n_train) diag(scale) · kernel of the stored rows, in float64."""
         key = voter.member.identity("gradient")
-        if getattr(self, "_gram_of", (None, None))[0] != key:
+        if self._gram_of is None or self._gram_of[0] != key:
             stored, scale = self._stored(voter), self._loss_scale(voter)
-            gram = torch.cat([self._cross(stored.read(a, b), stored) for a, b in batches.spans(self.n_train_, 1024)])
-            self._gram_of = key, (gram if scale is None else gram * scale.unsqueeze(1)).double()
-        found = self._gram_of[1]
-        assert found is not None
-        return found
+            gram = torch.cat([self._cross(stored.read(a, b), stored) for a, b in self._chunks(stored)]).double()
+            self._gram_of = key, gram if scale is None else gram.mul_(scale.unsqueeze(1))
+        return self._gram_of[1]
 
     def _self(self, voter: Voter) -> Tensor:
         train, whiten = self._whitened(voter)
@@ -102,7 +118,7 @@ class TrackStar(Ridge):
         for a, b, rows in self._own_rows(voter):
             dots, norms = whiten(rows)
             parts.append(dots[:, a:b].diagonal() * _inverse_root(norms) * train[a:b])
-        return torch.cat(parts).float()
+        return torch.cat(parts).clamp(-1, 1).float()
 
 
 def _solved(factor: Tensor, columns: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from byline import batches
 from byline.batches import Batch
 from byline.engines.local import Job
 from byline.engines.workbench import Active
-from byline.features.base import State, seeded
+from byline.features.base import Rows, State, seeded
 from byline.features.blocks import Block
 from byline.methods.curvature.layout import Layout
 from byline.methods.curvature.products import CurvatureProducts
@@ -29,6 +29,9 @@ from byline.methods.curvature.products import CurvatureProducts
 CURVATURES = ("ggn", "fisher", "hessian")
 Inverse = Callable[[Tensor], Tensor]
 """(B, P) gradients -> (B, P) gradients times ``(H + λI)⁻¹``."""
+
+Quadratic = Callable[[Rows], Tensor]
+"""B rows of `Exact` features -> (B,) of their gradients r, ``rᵀ (H + λI)⁻¹ r``."""
 
 _EXACT_TRACE = 5000  # parameters up to which the Hessian's trace is summed exactly
 _EXACT_LABELS = 32  # classes up to which the GGN's trace is summed over every label
@@ -211,6 +214,10 @@ class Solver(ABC):
     @abstractmethod
     def inverse(self, problem: Problem, state: State, damping: float) -> Inverse:
         """The function that preconditions gradients."""
+
+    def quadratic(self, problem: Problem, state: State, damping: float) -> Quadratic | None:
+        """The function that gives ``rᵀ (H + λI)⁻¹ r`` for less than two such products; None where there is none."""
+        return None
 
     def __repr__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items())

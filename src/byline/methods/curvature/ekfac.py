@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from byline.features.base import State
-from byline.features.blocks import Block, Lookup, Outer
+from byline.features.blocks import Block, Outer
 from byline.methods.curvature.base import Problem
-from byline.methods.curvature.kfac import KFAC, turn
+from byline.methods.curvature.kfac import KFAC, cut, turn
 from byline.methods.curvature.layout import Part
 
 
@@ -49,15 +49,7 @@ def _squares(block: Block, weight: Tensor, part: Part, state: State) -> Tensor:
     total = torch.zeros(part.shape, dtype=weight.dtype, device=weight.device)
     step = max(1, 2**24 // max(1, part.stop - part.start))
     for start in range(0, len(weight), step):
-        rows = _cut(block, start, start + step).rows().view(-1, *part.shape)
+        rows = cut(block, start, start + step).rows().view(-1, *part.shape)
         turned = turn(rows, state, part.name).square_()
         total += torch.einsum("b,bgoi->goi", weight[start : start + step], turned)
     return total
-
-
-def _cut(block: Block, start: int, stop: int) -> Block:
-    if isinstance(block, Outer):
-        return Outer(block.params, block.left[start:stop], block.right[start:stop])
-    if isinstance(block, Lookup):
-        return Lookup(block.params, block.ids[start:stop], block.right[start:stop], block.n)
-    return type(block)(block.params, block.grad[start:stop])

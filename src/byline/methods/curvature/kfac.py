@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from byline.features.base import State
-from byline.features.blocks import Block, Flat, Lookup
-from byline.methods.curvature.base import Inverse, Problem, Solver
+from byline.features.base import Rows, State
+from byline.features.blocks import Block, Flat, Lookup, Outer
+from byline.methods.curvature.base import Inverse, Problem, Quadratic, Solver
+from byline.methods.curvature.layout import Part, block_of
 
 _DENSE = 512
 _WIDEST = 4096
@@ -81,19 +82,34 @@ class KFAC(Solver):
             state[f"{part.name}/values"] = values.expand(part.shape).contiguous().float()
         return state
 
-    def inverse(self, problem: Problem, state: State, damping: float) -> Inverse:
-        """Divide in each block's eigenbasis."""
+    def _damped(self, problem: Problem, state: State, damping: float) -> dict[str, Tensor]:
+        """The eigenvalues of every block, with λ."""
         values = {part.name: state[f"{part.name}/values"] for part in problem.layout.parts}
         ridge = problem.ridge(sum(float(v.double().sum()) for v in values.values()), damping)
         largest = max(float(v.max()) for v in values.values())
         if min(float(v.min()) for v in values.values()) + ridge <= 1e-12 * largest or largest == 0:
             raise ValueError(f"damping is too small: the curvature of {problem.name} is singular; raise damping")
+        return {name: value + ridge for name, value in values.items()}
+
+    def quadratic(self, problem: Problem, state: State, damping: float) -> Quadratic:
+        """Squares in each block's eigenbasis; of one position, without ever forming the gradient."""
+        damped = self._damped(problem, state, damping)
+
+        def apply(rows: Rows) -> Tensor:
+            parts = problem.layout.parts
+            return torch.stack([_weighted(block_of(p, rows), 1 / damped[p.name], p, state) for p in parts]).sum(0)
+
+        return apply
+
+    def inverse(self, problem: Problem, state: State, damping: float) -> Inverse:
+        """Divide in each block's eigenbasis."""
+        damped = self._damped(problem, state, damping)
 
         def apply(vectors: Tensor) -> Tensor:
             out = torch.empty_like(vectors)
             for part in problem.layout.parts:
                 own = vectors[:, part.start : part.stop].reshape(-1, *part.shape)
-                turned = turn(own, state, part.name) / (values[part.name].to(own) + ridge)
+                turned = turn(own, state, part.name) / damped[part.name].to(own)
                 out[:, part.start : part.stop] = turn(turned, state, part.name, back=True).flatten(1)
             return out
 
@@ -110,6 +126,31 @@ def turn(matrices: Tensor, state: State, name: str, back: bool = False) -> Tenso
         right = right.to(matrices)
         matrices = matrices @ (right.mT if back else right)
     return matrices
+
+
+def _weighted(block: Block, weights: Tensor, part: Part, state: State) -> Tensor:
+    """(B,) sums of the squares of each gradient in the eigenbasis, by weights (G, o, i)."""
+    left, right = state.get(f"{part.name}/left"), state.get(f"{part.name}/right")
+    if isinstance(block, Outer) and block.left.shape[2] == 1:
+        a = block.left if left is None else block.left @ left.to(block.left)
+        b = block.right if right is None else block.right @ right.to(block.right)
+        inner = torch.einsum("bgto,goi->bgti", a.square(), weights.to(a))
+        return (inner * b.square()).flatten(1).sum(1)
+    out = []
+    step = max(1, 2**24 // max(1, part.stop - part.start))
+    for start in range(0, len(block.right if not isinstance(block, Flat) else block.grad), step):
+        rows = cut(block, start, start + step).rows().view(-1, *part.shape)
+        out.append((turn(rows, state, part.name).square() * weights.to(rows)).flatten(1).sum(1))
+    return torch.cat(out)
+
+
+def cut(block: Block, start: int, stop: int) -> Block:
+    """Some examples of a block."""
+    if isinstance(block, Outer):
+        return Outer(block.params, block.left[start:stop], block.right[start:stop])
+    if isinstance(block, Lookup):
+        return Lookup(block.params, block.ids[start:stop], block.right[start:stop], block.n)
+    return Flat(block.params, block.grad[start:stop])
 
 
 def _add(moments: _Moments, block: Block, weight: Tensor) -> None:

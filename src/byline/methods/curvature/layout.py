@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from byline.features.base import Rows
-from byline.features.blocks import Block, Lookup, Outer
+from byline.features.blocks import Block, Flat, Lookup, Outer
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,17 @@ class Layout:
 
 def _part_of(part: Part, rows: Rows) -> Tensor:
     """(B, n) one block's gradients from its rows."""
+    return block_of(part, rows).rows()
+
+
+def block_of(part: Part, rows: Rows) -> Block:
+    """One block from the rows of `Exact` features."""
     if f"{part.name}:flat" in rows:
-        return rows[f"{part.name}:flat"]
+        return Flat(part.params, rows[f"{part.name}:flat"])
     right = rows[f"{part.name}:right"]
     if f"{part.name}:ids" in rows:
-        return Lookup(part.params, rows[f"{part.name}:ids"], right, part.shape[1]).rows()
-    return Outer(part.params, rows[f"{part.name}:left"], right).rows()
+        return Lookup(part.params, rows[f"{part.name}:ids"], right, part.shape[1])
+    return Outer(part.params, rows[f"{part.name}:left"], right)
 
 
 def _shape(block: Block) -> tuple[int, int, int]:
