@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -63,6 +67,38 @@ def test_float64_models_work_with_every_feature(name, features):
         progress=False,
     )
     ref.assert_close(values, single.fit(made.train).attribute(made.train[:3]).values, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "method", [byline.TRAK, byline.GradDot, byline.GradCos, byline.TrackStar, "explicit", "cg", "ekfac", "datainf"]
+)
+def test_half_precision_models_come_near_those_of_float32(method):
+    made = build("mlp")
+    half = copy.deepcopy(made.model).to(torch.bfloat16)
+    found = []
+    for model in (half, copy.deepcopy(half).float()):
+        dtype = next(model.parameters()).dtype
+        train, test = (pairs_as(part, dtype) for part in (made.train, made.test))
+        arguments = {"damping": 1.0, "progress": False}
+        cls = functools.partial(byline.Influence, solver=method) if isinstance(method, str) else method
+        attributor = cls(byline.Task(model), byline.Independent([model]), **arguments).fit(train)
+        found.append(attributor.attribute(test).values)
+    assert np.corrcoef(found[0].ravel(), found[1].ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize(
+    "features", [byline.Dense(64), byline.Factorized(64), byline.Factorized(64, basis="pca"), byline.Nystrom(8)]
+)
+def test_half_precision_models_work_with_every_feature(features):
+    made = build("mlp")
+    model = copy.deepcopy(made.model).to(torch.bfloat16)
+    train, test = (pairs_as(part, torch.bfloat16) for part in (made.train, made.test))
+    attributor = byline.GradDot(byline.Task(model), byline.Independent([model]), features=features, progress=False)
+    assert np.isfinite(attributor.fit(train).attribute(test).values).all()
+
+
+def pairs_as(data, dtype):
+    return [(x.to(dtype), y) for x, y in data]
 
 
 def smooth_loss(model, batch):

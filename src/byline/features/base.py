@@ -78,6 +78,12 @@ class Products:
         return found
 
 
+def widened(rows: Rows) -> Rows:
+    """Half precisions as float32: what the store keeps, so that test rows are of the same kind."""
+    half = (torch.bfloat16, torch.float16)
+    return {name: value.float() if value.dtype in half else value for name, value in rows.items()}
+
+
 def seeded(seed: int, *path: int | str) -> torch.Generator:
     """A generator whose stream depends on the seed and on what it is for."""
     import hashlib

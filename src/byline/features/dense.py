@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byline.features.base import Features, Rows, State, check_dim, seeded
+from byline.features.base import Features, Rows, State, check_dim, seeded, widened
 from byline.features.blocks import Block
 
 _KINDS = ("rademacher", "gaussian", "sjlt")
@@ -49,7 +49,7 @@ class Dense(Features):
                     part = self._project(grad[:, start : start + _SLICE], f"{param}/{start}")
                     out = part if out is None else out.add_(part)
         assert out is not None, "no blocks"
-        return {"rows": out}
+        return widened({"rows": out})
 
     def _project(self, grad: Tensor, key: str) -> Tensor:
         generator = seeded(self.seed, "dense", self.kind_of, key)

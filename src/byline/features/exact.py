@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byline.features.base import Features, Passes, Products, Rows, State
+from byline.features.base import Features, Passes, Products, Rows, State, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
 
 
@@ -47,7 +47,7 @@ class Exact(Features):
                 out[f"{name}:ids"], out[f"{name}:right"] = block.ids, block.right
             else:
                 out[f"{name}:left"], out[f"{name}:right"] = block.left, block.right
-        return out
+        return widened(out)
 
     def kernel(self, a: Rows, b: Rows, products: Products | None = None) -> Tensor:
         """(A, B) inner products of full gradients."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byline.features.base import Features, Passes, Rows, State, check_dim, seeded
+from byline.features.base import Features, Passes, Rows, State, check_dim, seeded, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
 
 _SAMPLE = 2048  # training examples from which the pca basis is learnt
@@ -69,7 +69,7 @@ class Factorized(Features):
             else:
                 product = torch.einsum("bgto,bgti->bgoi", left, x)
                 parts.append(product[:, :, pairs[0], pairs[1]].flatten(1))
-        return {"rows": torch.cat(parts, 1)}
+        return widened({"rows": torch.cat(parts, 1)})
 
     def _random(self, blocks: dict[str, Block]) -> State:
         state: State = {}

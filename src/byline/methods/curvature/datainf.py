@@ -34,9 +34,10 @@ class DataInf(Solver):
         def apply(vectors: Tensor) -> Tensor:
             total = torch.zeros_like(vectors)
             for blocks, weight in problem.gradients():
+                weight = weight.to(vectors)
                 for part in problem.layout.parts:
                     place = slice(part.start, part.stop)
-                    rows = blocks[part.name].rows()
+                    rows = blocks[part.name].rows().to(vectors)
                     share = weight / (ridge + weight * rows.square().sum(1))
                     total[:, place].addmm_(vectors[:, place] @ rows.T * share, rows)
             return (vectors - total / problem.n) / ridge

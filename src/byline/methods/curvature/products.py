@@ -73,9 +73,7 @@ class CurvatureProducts:
             first = self._grad([loss], params, None, create_graph=True)
 
             def second(vectors: Tensor) -> Tensor:
-                parts = self.layout.to_params(vectors)
-                tangents = [parts[name] for name in self.params]
-                return self._flat(self._vjp(first, params, tangents))
+                return self._flat(self._vjp(first, params, self._tangents(vectors)))
 
             return second
         outputs, middle = self._outputs(batch)
@@ -83,8 +81,7 @@ class CurvatureProducts:
         pulled = self._grad([outputs], params, [cotangent], create_graph=True)
 
         def gauss_newton(vectors: Tensor) -> Tensor:
-            parts = self.layout.to_params(vectors)
-            pushed = self._vjp(pulled, [cotangent], [parts[name] for name in self.params])[0]
+            pushed = self._vjp(pulled, [cotangent], self._tangents(vectors))[0]
             return self._flat(self._vjp([outputs], params, [middle(pushed)]))
 
         return gauss_newton
@@ -133,6 +130,11 @@ class CurvatureProducts:
             torch.stack([torch.zeros_like(value) if g is None else g for g in column])
             for value, column in zip(inputs, zip(*rows, strict=True), strict=True)
         ]
+
+    def _tangents(self, vectors: Tensor) -> list[Tensor]:
+        """Vectors by parameter, in the parameters' own precision."""
+        parts = self.layout.to_params(vectors)
+        return [parts[name].to(parameter.dtype) for name, parameter in self.params.items()]
 
     def _flat(self, grads: list[Tensor]) -> Tensor:
         return self.layout.from_params({name: g.detach() for name, g in zip(self.params, grads, strict=True)})
