@@ -582,6 +582,17 @@ def test_stopping_early_warns_of_the_residual(mlp, solver):
         scores(mlp.task, mlp.train, mlp.test, solver=solver)
 
 
+def test_cg_that_loses_its_way_is_refused():
+    """Products that are not symmetric, as rounding makes those of a singular matrix, let the residual grow."""
+    turn = torch.tensor([[0.0, 5.0], [-5.0, 0.0]])
+    problem = SimpleNamespace(
+        name="model 0", curvature="ggn", products=lambda v: v + v @ turn, ridge=lambda trace, damping: 0.0
+    )
+    inverse = CG(iterations=20).inverse(problem, {"trace": torch.tensor(1.0)}, 0.0)
+    with pytest.raises(ValueError, match=r'"cg" does not converge on model 0: its relative residual .* raise damping'):
+        inverse(torch.ones(1, 2))
+
+
 def test_converging_does_not_warn(mlp):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
