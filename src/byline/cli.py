@@ -67,7 +67,9 @@ def bench(
         Path | None, typer.Option("--data", help="Folder of IDX (MNIST's format) or CIFAR-10 binary files to use.")
     ] = None,
     width: Annotated[int | None, typer.Option(help="Width of a ResNet's first layer; 64 is the paper's.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Methods, by comma, or all: see `byline methods`.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods, by comma, or all but the dear ones: see `byline methods`.")
+    ] = None,
     ensembles: Annotated[
         str | None, typer.Option(help="Ensembles, by comma: independent-5, dropout-1x10:p=0.5, lora-1x4, noise-1x10 …")
     ] = None,

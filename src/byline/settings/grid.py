@@ -123,7 +123,7 @@ def run(
     Args:
         setting: Which benchmark.
         folder: Where everything that was made is kept; a second run takes from it what has the same configuration.
-        method_names: Names of the registry; all but those marked as too large for benchmarks when left out.
+        method_names: Names of the registry; all but the dear ones (`MethodInfo.dear`) when left out.
         ensembles: Names as `byline.settings.rows.parse` reads them.
         measures: Names of `byline.settings.judges.JUDGES`; those that retrain nothing per cell when left out.
         queries: Number of test examples, from the first; all when left out.
@@ -179,7 +179,7 @@ def run(
         "measures": [judge.describe() for judge in judges.values()],
         "cells": [{key: value for key, value in cell.items() if not key.startswith("_")} for cell in cells],
         "baselines": [line for judge in judges.values() for line in judge.baselines(shop, other)],
-        "notes": _notes(setting, recipe, quick),
+        "notes": _notes(setting, recipe, quick, method_names is None),
         "environment": environment(),
         "command": command,
     }
@@ -213,7 +213,7 @@ def _judged(cell: Cell, flipped: Cell | None, judges: dict[str, Judge], bank: Ba
 def _chosen(names: Sequence[str] | None) -> list[MethodInfo]:
     known = {info.name: info for info in methods()}
     if names is None:
-        return [info for info in known.values() if info.name != "influence-explicit"]
+        return [info for info in known.values() if not info.dear]
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(f"methods: no method {', '.join(unknown) or 'named'}; there are {', '.join(known)}")
@@ -232,7 +232,7 @@ def _restricted(bank: Bank, queries: int) -> Bank:
     return Bank(bank.subsets, bank.outputs[:, :, :queries], bank.metadata)
 
 
-def _notes(setting: Setting, bank: BankRecipe, quick: bool) -> list[str]:
+def _notes(setting: Setting, bank: BankRecipe, quick: bool, all_methods: bool) -> list[str]:
     recipe = setting.recipe
     said = [
         f"Training: {recipe.optimizer}, learning rate {recipe.lr:g}, momentum {recipe.momentum:g}, batch "
@@ -244,6 +244,13 @@ def _notes(setting: Setting, bank: BankRecipe, quick: bool) -> list[str]:
         "grid this size has some that differ by chance.",
         "Seconds are CPU seconds of this machine while it ran.",
     ]
+    if all_methods:
+        dear: dict[str, list[str]] = {}
+        for info in methods():
+            if info.dear:
+                dear.setdefault(info.dear, []).append(info.name)
+        reasons = "; ".join(f"{', '.join(names)} ({why})" for why, names in dear.items())
+        said.append(f"Left out, unless they are named with --methods: {reasons}.")
     if quick:
         said.insert(0, "Short form (--quick): a small bank and few test examples. Do not quote it.")
     return said

@@ -78,7 +78,7 @@ class MislabelJudge(Judge):
         f"ROC-AUC of finding the {FLIPPED * 100:g} % of training labels that were flipped, by self-influence under "
         "models trained on the flipped labels."
     )
-    too_dear = ("influence-cg", "influence-lissa", "influence-arnoldi")
+    too_dear = ("influence-cg", "influence-lissa")
 
     def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any] | None:
         """Not where the curvature would be solved for each training example by iteration."""
