@@ -132,6 +132,7 @@ _METHODS = (
         "Influence, Arnoldi",
         "influence functions in the leading eigenvectors of the curvature",
         "Schioppa et al. 2022, arXiv 2112.03052",
+        "a hundred passes over the training set for every member",
     ),
     _influence(
         "datainf",
