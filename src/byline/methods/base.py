@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from byline import batches
-from byline.engines.local import Job, learn, member_key, stream_rows, write_features
+from byline.engines.local import Job, member_key, stream_rows, write_features
 from byline.engines.workbench import Collate, Workbench
 from byline.ensembles.base import Ensemble, Member, as_ensemble, check_count
 from byline.features import Exact, Features
@@ -121,8 +121,8 @@ class Attributor(ABC):
             self.collate = train_set.collate_fn or default_collate
         self._check_model()
         self._check_size(len(data))
-        with phase(self.ledger, "fitting"):
-            if self.store.path is None and self._train_set is not None and data is not self._train_set:
+        with phase(self.ledger, "fitting"), self.store.session():
+            if self.store.place is None and self._train_set is not None and data is not self._train_set:
                 self.store = Store(None)
             self.store.claim(
                 {
@@ -260,10 +260,13 @@ class Attributor(ABC):
 
     def _state(self, voter: Voter) -> State:
         """What the features learnt from the training set for a member."""
-        return learn(self._job(self._train_set, "train_set", self._of), voter.member, self.store, self._bench)
+        found = self.store.state(member_key(voter.member.identity("gradient"), self._of))
+        assert found is not None, "fit keeps what the features learnt"
+        return found
 
     def _chunks(self, stored: Stored, size: int = 1024) -> list[tuple[int, int]]:
-        return batches.spans(self.n_train_, size)
+        """Spans of whole chunks."""
+        return stored.spans(size)
 
     def _cross(self, rows: Rows, stored: Stored) -> Tensor:
         """(B, n_train) the kernel of test rows against a member's stored rows, chunk by chunk."""

@@ -1,5 +1,8 @@
 """The store: what is kept, and how it is found again."""
 
-from byline.store.store import Manifest, Store, Stored, StoredRows
+from byline.store.chunks import DamagedError
+from byline.store.manifest import Manifest
+from byline.store.store import Store
+from byline.store.stored import Stored, StoredRows
 
-__all__ = ["Manifest", "Store", "Stored", "StoredRows"]
+__all__ = ["DamagedError", "Manifest", "Store", "Stored", "StoredRows"]
