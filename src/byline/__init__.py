@@ -30,7 +30,7 @@ from byline.methods import (
     TracIn,
     TrackStar,
 )
-from byline.scores import Scores
+from byline.scores import Ranking, Scores
 from byline.task import Task
 from byline.training import Recipe, Trainer, train_many
 
@@ -56,6 +56,7 @@ __all__ = [
     "Measure",
     "Nystrom",
     "Random",
+    "Ranking",
     "Recipe",
     "RepresentationSimilarity",
     "RepresenterPoints",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,14 +21,18 @@ from byline.ensembles.base import Ensemble, Member, as_ensemble, check_count
 from byline.features import Exact, Features
 from byline.features.base import Products, Rows, State
 from byline.ledger import Ledger
+from byline.methods import scan, streaming
 from byline.methods.mean import RunningMean
+from byline.methods.streaming import Query
 from byline.progress import bar
-from byline.scores import Scores, matrix
+from byline.scores import Ranking, Scores, check_k, matrix
 from byline.store import Store, Stored, StoredRows
 from byline.task import ParamFilter, Task
 
 Scorer = Callable[[Rows], Tensor]
 """Rows of a test batch -> (B, n_train) what one member says."""
+Prepare = Callable[[Rows], Query]
+"""Rows of a test batch -> what is held of them while training examples pass by."""
 
 # larger matrices of scores go to a memory-mapped file
 _IN_MEMORY = 2**30
@@ -135,6 +139,8 @@ class Attributor(ABC):
             self._bench = Workbench(self.task, data, self.collate, self.device)
             self._write()
             self._voters = self._gather()
+            self._resident: dict[str, scan.Resident] = {}
+            self._held_norms: dict[str, Tensor] = {}
             self._prepare()
         return self
 
@@ -165,7 +171,7 @@ class Attributor(ABC):
         mean = RunningMean(lambda: matrix(shape, _IN_MEMORY, folder), self._with_residuals)
         with (
             phase(self.ledger, "serving"),
-            bar(len(self._voters) * len(job.spans()), "scores", self.progress) as advance,
+            bar(len(self._voters) * len(data), "scores", self.progress) as advance,
         ):
             shared = self._shared()
             self._products = Products(shared)
@@ -173,9 +179,60 @@ class Attributor(ABC):
                 mean.begin(voter.weight, voter.residual)
                 for start, stop, votes in self._votes(voter, job, shared):
                     mean.add(start, stop, votes)
-                    advance(1, f"scores of {voter.member.name}")
+                    advance(stop - start, f"scores of {voter.member.name}")
             values, stderr = self._finish(mean)
         return Scores(values, stderr, self.info())
+
+    def top(self, test_set: Any, k: int = 10) -> Ranking:
+        """The strongest proponents and opponents of every test example, without a matrix (n_test, n_train).
+
+        The same as ``attribute(test_set).top(k)`` to rounding, ties in the training set's order. What members hold of
+        the test examples stays in memory while the training examples pass by once, chunk by chunk. Methods that need
+        all training examples at once (TRAK and TrackStar without fewer columns than examples, DVEmb, those on
+        embeddings, Random) take the test examples in blocks instead.
+
+        Args:
+            test_set: any map-style torch Dataset of batches like the training set's.
+            k: how many of either, at most n_train.
+
+        Returns:
+            indices, scores and standard errors, each (n_test, k).
+
+        Raises:
+            ValueError: ``k`` is no int from 1 to n_train.
+            RuntimeError: the attributor is not fitted.
+        """
+        self._check_fitted()
+        k = check_k(k, self.n_train_)
+        data = batches.as_dataset(test_set, "test_set")
+        with phase(self.ledger, "serving"):
+            found = streaming.top(self, self._job(data, "test_set", "output"), k)
+        return Ranking(*found, self.info(), self.n_train_)
+
+    def hold(self, dtype: str = "float32") -> int:
+        """Keep what `top` needs of the training set in memory, as a service does.
+
+        Args:
+            dtype: of the rows: "float32", "float16", or "int8" with a scale per row. Scores change by the rounding of
+                the rows. Rows of `Exact` features stay in the store, and so does whatever does not stream.
+
+        Returns:
+            bytes of rows in memory.
+
+        Raises:
+            ValueError: another dtype.
+        """
+        self._check_fitted()
+        scan.check_dtype(dtype)
+        self._resident = {}
+        if self.features.linear and all(self._streams(voter) for voter in self._voters):
+            places = streaming.spans(self, self._voters)
+            for voter in self._voters:
+                stored = self._stored(voter)
+                found = scan.Resident.load((stored.read(a, b)["rows"] for a, b in places), dtype)
+                self._resident[voter.member.identity("gradient")] = found
+        self._warm()
+        return sum(rows.nbytes for rows in self._resident.values())
 
     def self_influence(self) -> np.ndarray:
         """The score of every training example for itself, (n_train,): ``attribute(train_set)``'s diagonal."""
@@ -210,9 +267,37 @@ class Attributor(ABC):
     _with_residuals = False
     """Whether members vote on Q and on the kernel apart (TRAK)."""
 
+    def _streams(self, voter: Voter) -> bool:
+        """Whether what a member says of a training example needs no other training example once it is fitted."""
+        return False
+
+    def _query(self, voter: Voter) -> Prepare:
+        """What one member makes of a batch of test rows, where it streams."""
+        raise NotImplementedError
+
+    def _queries(self, voter: Voter, job: Job, shared: set[str]) -> Generator[tuple[int, int, Query], None, None]:
+        """(start, stop, query) of one member, test batch by test batch, where it streams."""
+        prepare = self._query(voter)
+        for start, stop, rows in stream_rows(job, voter.member, self._state(voter), self._bench):
+            yield start, stop, prepare(self._keyed(rows, voter, shared))
+
+    def _reader(self, voter: Voter) -> Callable[[int, int], Any]:
+        """What queries are held against: rows of training examples."""
+        held = self._resident.get(voter.member.identity("gradient"))
+        return self._stored(voter).read if held is None else held.read
+
+    def _warm(self) -> None:  # noqa: B027 - most methods have nothing more to keep
+        """Keep whatever else queries share."""
+
     def _scorer(self, voter: Voter) -> Scorer:
         """What one member says of a batch of test rows."""
-        raise NotImplementedError
+        prepare, stored = self._query(voter), self._stored(voter)
+
+        def scorer(rows: Rows) -> Tensor:
+            query = prepare(rows)
+            return torch.cat([query.against(stored.read(a, b), a, b) for a, b in self._chunks(stored)], 1)
+
+        return scorer
 
     def _votes(self, voter: Voter, job: Job, shared: set[str]) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, scores) of one member, test batch by test batch."""
@@ -236,7 +321,8 @@ class Attributor(ABC):
     def _prepare(self) -> None:  # noqa: B027 - most methods need nothing more
         """Whatever fitting does beyond the features."""
 
-    def _finish(self, mean: RunningMean) -> tuple[np.ndarray, np.ndarray]:
+    def _finish(self, mean: RunningMean, place: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and standard errors of the training examples at ``place``, when all members have voted."""
         return mean.mean(), mean.stderr()
 
     def _check_size(self, n_train: int) -> None:  # noqa: B027 - most methods stream
@@ -268,6 +354,20 @@ class Attributor(ABC):
         """Spans of whole chunks."""
         return stored.spans(size)
 
+    def _rows_of(self, stored: Stored) -> Iterator[Tensor]:
+        for start, stop in self._chunks(stored, 4096):
+            yield stored.read(start, stop)["rows"]
+
+    def _dots(self, rows: Rows) -> Callable[[Any], Tensor]:
+        """The kernel of test rows against rows of training examples, read from the store or resident."""
+
+        def dots(train: Any) -> Tensor:
+            if isinstance(train, scan.Chunk):
+                return train.dots(rows["rows"])
+            return self.features.kernel(rows, train, self._products)
+
+        return dots
+
     def _cross(self, rows: Rows, stored: Stored) -> Tensor:
         """(B, n_train) the kernel of test rows against a member's stored rows, chunk by chunk."""
         parts = [
@@ -282,6 +382,13 @@ class Attributor(ABC):
             rows = stored.read(start, stop)
             parts.append(self.features.diagonal(rows, rows))
         return torch.cat(parts)
+
+    def _kept_norms(self, voter: Voter) -> Tensor:
+        """(n_train,) the same, computed once per fit."""
+        key = voter.member.identity("gradient")
+        if key not in self._held_norms:
+            self._held_norms[key] = self._norms(self._stored(voter))
+        return self._held_norms[key]
 
     def _pairs(self, voter: Voter) -> Tensor:
         """(n_train,) inner products ⟨∇f(i), stored(i)⟩ of each training example's two sides."""
