@@ -208,6 +208,11 @@ def test_what_arnoldi_drops_is_what_is_outside_its_eigenvectors(mlp):
     ref.assert_close(found, expected, 1e-3)
 
 
+def test_lissa_reaches_its_tolerance_with_the_default_damping(mlp):
+    found = scores(mlp.task, mlp.train, mlp.test, solver="lissa", damping=0.1)
+    ref.assert_close(found, influence(dense(mlp.model, mlp.x, mlp.y, "ggn"), *mlp.sides, 0.1), 1e-2)
+
+
 def test_lissa_on_samples_comes_near_its_limit(mlp):
     expected = influence(dense(mlp.model, mlp.x, mlp.y, "ggn"), *mlp.sides, 5.0)
     scale = 3 * np.abs(np.linalg.eigvalsh(dense(mlp.model, mlp.x, mlp.y, "ggn"))).max()
@@ -613,7 +618,37 @@ def test_explicit_refuses_large_models_before_any_work(monkeypatch):
 @pytest.mark.parametrize("task", [{"output": lambda m, b: m(b[0])[:, 0]}, {"loss": smooth}])
 def test_ggn_without_a_likelihood_is_refused(mlp, task):
     with pytest.raises(ValueError, match=r"curvature is 'ggn', which needs the likelihood .* use curvature='fisher'"):
-        byline.Influence(byline.Task(mlp.model, **task), byline.Independent([mlp.model]))
+        byline.Influence(byline.Task(mlp.model, **task), byline.Independent([mlp.model]), curvature="ggn")
+
+
+def test_curvature_is_chosen_by_what_is_known_of_the_loss(mlp):
+    def chosen(task, **arguments):
+        return byline.Influence(task, byline.Independent([mlp.model]), **arguments).info()["curvature"]
+
+    known, smoothed = byline.Task(mlp.model), byline.Task(mlp.model, loss=smooth)
+    assert {chosen(known, solver=name) for name in SOLVERS} == {"ggn"}
+    assert [chosen(smoothed, solver=s) for s in ("explicit", "cg", "lissa", "arnoldi")] == ["hessian"] * 4
+    assert [chosen(smoothed, solver=s) for s in ("ekfac", "kfac", "datainf")] == ["fisher"] * 3
+    assert chosen(known, solver="explicit", features=byline.Factorized(8)) == "fisher"
+
+
+@pytest.mark.parametrize("solver", ["explicit", "cg", "lissa"])
+def test_a_callable_form_of_a_named_loss_gives_the_same_on_a_convex_model(linear, solver):
+    def loss(model, batch):
+        return (model(batch[0])[:, 0] - batch[1]).square() / 2
+
+    def output(model, batch):
+        return model(batch[0])[:, 0]
+
+    called = byline.Task(linear.task.model, output=output, loss=loss)
+    named = scores(linear.task, linear.train, linear.test, solver="explicit")
+    ref.assert_close(scores(called, linear.train, linear.test, solver=solver), named, 5e-3)
+
+
+def test_an_indefinite_hessian_of_a_callable_loss_points_to_the_fisher(mlp):
+    task = byline.Task(mlp.model, output=lambda m, b: m(b[0])[:, 0])
+    with pytest.raises(ValueError, match=r'not positive definite.* or take curvature="fisher", which is never negative'):
+        scores(task, mlp.train, mlp.test, solver="explicit", damping=0.1)
 
 
 @pytest.mark.parametrize(
@@ -625,7 +660,7 @@ def test_ggn_without_a_likelihood_is_refused(mlp, task):
         ({"solver": "ekfac", "curvature": "hessian"}, "curvature is 'hessian', which solver='ekfac' has no form of"),
         ({"solver": "datainf", "curvature": "hessian"}, "has no form of"),
         ({"features": byline.Factorized(8)}, "Influence takes byline.Exact()"),
-        ({"features": byline.Factorized(8), "solver": "explicit"}, "Influence takes byline.Exact()"),
+        ({"features": byline.Factorized(8), "solver": "explicit", "curvature": "ggn"}, "Influence takes byline.Exact()"),
         ({"damping": -1}, "damping is -1"),
         ({"seed": -1}, "seed is -1"),
     ],

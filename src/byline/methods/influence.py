@@ -68,7 +68,9 @@ class Influence(Attributor):
               loss only. "kfac", "ekfac" and "datainf" take labels drawn by the model's prediction for it, seeded.
             - "fisher": the empirical Fisher, the second moment of ∇ℓ.
             - "hessian": of the loss itself; "explicit", "cg", "lissa" and "arnoldi" only. Where ``H + λI`` is not
-              positive definite they refuse.
+              positive definite they refuse, but for "arnoldi", which drops the smallest eigenvalues of whatever sign.
+            - "auto": "ggn" for named outputs with their own loss. For a callable output or loss, whose likelihood is
+              not known, "hessian" with the solvers that have it and "fisher" with the others and with projections.
         damping: λ as a multiple of the mean eigenvalue tr(H)/P over all attributed parameters together, the same for
             every layer. "auto" is 0.1, the customary factor (of each layer's own mean eigenvalue, there). It was looked
             at on digits-mlp alone, where it is near the best for "ekfac"; elsewhere try others.
@@ -89,7 +91,7 @@ class Influence(Attributor):
         ensemble: Ensemble,
         *,
         solver: str | Solver = "ekfac",
-        curvature: str = "ggn",
+        curvature: str = "auto",
         damping: float | str = "auto",
         normalization: str | None = None,
         seed: int = 0,
@@ -100,13 +102,20 @@ class Influence(Attributor):
             if not isinstance(solver, str) or solver not in SOLVERS:
                 raise ValueError(f"solver is {solver!r}; expected one of {sorted(SOLVERS)} or an instance of a solver")
             solver = SOLVERS[solver]()
-        if curvature not in CURVATURES:
-            raise ValueError(f"curvature is {curvature!r}; expected one of {list(CURVATURES)}")
+        if curvature not in (*CURVATURES, "auto"):
+            raise ValueError(f"curvature is {curvature!r}; expected one of {[*CURVATURES, 'auto']}")
         if normalization not in _NORMALIZATIONS:
             raise ValueError(f"normalization is {normalization!r}; expected None, 'relatif' or 'theta-relatif'")
-        self.solver, self.curvature, self.normalization = solver, curvature, normalization
+        self.solver, self.normalization = solver, normalization
+        self.curvature = self._chosen() if curvature == "auto" else curvature
         self.seed = check_seed(seed)
         self._check_combination()
+
+    def _chosen(self) -> str:
+        """What "auto" stands for."""
+        if not self._projected and self.task.has_likelihood:
+            return "ggn"
+        return "hessian" if "hessian" in self.solver.curvatures and not self._projected else "fisher"
 
     def _check_combination(self) -> None:
         solver, curvature = self.solver, self.curvature
@@ -118,7 +127,7 @@ class Influence(Attributor):
         if curvature == "ggn" and not self.task.has_likelihood:
             raise ValueError(
                 f"curvature is 'ggn', which needs the likelihood of a named output with its own loss, and the task's "
-                f"{'output' if self.task.name == 'callable' else 'loss'} is a callable; use curvature='fisher'"
+                f"{'output' if self.task.name == 'callable' else 'loss'} is a callable; use curvature='fisher' or 'auto'"
             )
         if not isinstance(self.features, Exact) and not (isinstance(solver, Explicit) and curvature == "fisher"):
             raise ValueError(

@@ -189,7 +189,7 @@ class Problem:
         if not 0 <= trace < float("inf"):
             raise ValueError(
                 f"the {self.curvature} curvature of {self.name} has the trace {trace:.3g}; expected a positive one "
-                '(is the model trained?); curvature="ggn" always has'
+                '(is the model trained?); curvature="ggn" or "fisher" always has'
             )
         return damping * trace / self.layout.size
 
@@ -226,7 +226,8 @@ class Solver(ABC):
 
 def not_positive(problem: Problem, what: str) -> ValueError:
     """What a curvature that cannot be inverted is refused with."""
-    hint = "" if problem.curvature != "hessian" else ', or take curvature="ggn", which is never negative'
+    other = "ggn" if problem.job.task.has_likelihood else "fisher"
+    hint = "" if problem.curvature != "hessian" else f', or take curvature="{other}", which is never negative'
     return ValueError(
         f"{what}: {problem.curvature} + λI of {problem.name} is not positive definite; raise damping{hint}"
     )

@@ -2,8 +2,10 @@
 
     x_{j+1} = v + (I - (H + λI)/σ) x_j,   (H + λI)⁻¹ v = x_∞ / σ
 
-which converges where every eigenvalue of H + λI is below 2σ. σ is 1.1 × (λ_max + λ), λ_max by power iteration. What is
-left of a component with eigenvalue μ shrinks by 1 - (μ + λ)/σ a step: small damping asks for many steps.
+which converges where every eigenvalue of H + λI is below 2σ. What is left of a component with eigenvalue μ is multiplied
+by 1 - (μ + λ)/σ a step: small damping asks for many steps. σ is 0.55 × (λ_max + 2λ), λ_max by power iteration: a tenth
+above the middle of the eigenvalues, where both ends shrink alike. On samples, whose λ_max may be higher, it is
+1.1 × (λ_max + λ).
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ class LiSSA(Solver):
     def inverse(self, problem: Problem, state: State, damping: float) -> Inverse:
         """Sum the series for a batch of vectors."""
         ridge = problem.ridge(float(state["trace"]), damping)
-        scale = 1.1 * (float(state["largest"]) + ridge) if self.scale is None else self.scale
+        largest = float(state["largest"])
+        scale = 0.55 * (largest + 2 * ridge) if self.sample is None else 1.1 * (largest + ridge)
+        scale = scale if self.scale is None else self.scale
         return lambda vectors: self._sum(problem, vectors, ridge, scale)
 
     def _sum(self, problem: Problem, vectors: Tensor, ridge: float, scale: float) -> Tensor:
@@ -70,7 +74,7 @@ class LiSSA(Solver):
             image = problem.products(x, chosen).add_(x, alpha=ridge)
             change = vectors - image / scale
             x = x + change
-            # with 0 ≤ H + λI ≤ σ no term of the series is longer than v; samples may exceed it for a while
+            # with 0 ≤ H + λI ≤ 2σ no term of the series is longer than v; samples may exceed it for a while
             growth = float((x.norm(dim=1) / norm).max())
             if not growth <= (1.01 if chosen is None else 10) * (step + 2):
                 raise ValueError(
