@@ -280,7 +280,11 @@ def do(job: Job, unit: Unit, store: Store, bench: Workbench, advance: Advance | 
     Returns:
         the FLOPs it took, as far as they are counted; 0 without a ledger.
     """
-    advance = advance or (lambda steps=1, doing=None: None)
+    with store.session():
+        return _do(job, unit, store, bench, advance or (lambda steps=1, doing=None: None))
+
+
+def _do(job: Job, unit: Unit, store: Store, bench: Workbench, advance: Advance) -> float:
     member = unit.members[0]
     if unit.kind == "learn":
         _learn(job, member, unit.chunk, store, bench)

@@ -146,8 +146,8 @@ def read_rows(files: Files, spec: Spec, start: int, stop: int) -> np.ndarray:
                 read_cell(files, spec, cell, part)
             except DamagedError as error:
                 raise DamagedError(
-                    f"store {files.where}: chunk {cell_name(cell)} of {spec.path} (examples {low} to {high - 1}) {error}; "
-                    f"run `byline store repair {files.where}`, then fit again"
+                    f"store {files.where}: chunk {cell_name(cell)} of {spec.path} (examples {low} to {high - 1}) "
+                    f"{error}; run `byline store repair {files.where}`, then fit again"
                 ) from None
             if whole:
                 continue

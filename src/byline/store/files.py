@@ -1,4 +1,4 @@
-"""Where a store's files are: a folder, memory, or any fsspec URL. Every write is atomic: all of a file, or none of it."""
+"""Where a store's files are: a folder, memory, or any fsspec URL. A write is atomic: all of a file, or none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Files(ABC):
         content = self.read(key)
         if len(content) != out.nbytes + tail:
             return None
-        memoryview(out).cast("B")[:] = content[: out.nbytes]
+        memoryview(out.data).cast("B")[:] = content[: out.nbytes]
         return content[out.nbytes :]
 
     def tail(self, key: str, count: int) -> bytes:
@@ -148,9 +148,9 @@ class Local(Files):
             size = out.nbytes + tail
             if os.fstat(descriptor).st_size != size:
                 return None
-            end, view, done = bytearray(tail), memoryview(out).cast("B"), 0
+            end, view, done = bytearray(tail), memoryview(out.data).cast("B"), 0
             while done < size:
-                buffers = [view[done:], end] if done < out.nbytes else [memoryview(end)[done - out.nbytes :]]
+                buffers: list[Any] = [view[done:], end] if done < out.nbytes else [memoryview(end)[done - out.nbytes :]]
                 got = os.preadv(descriptor, buffers, done)
                 if got == 0:
                     return None
@@ -186,10 +186,8 @@ class Local(Files):
                 os.close(descriptor)
             os.replace(temporary, target)
         except BaseException:
-            try:
+            with suppress(OSError):
                 os.unlink(temporary)
-            except OSError:
-                pass
             raise
 
     def create(self, key: str, data: bytes) -> bool:
@@ -282,8 +280,8 @@ class Remote(Files):
         except (ImportError, ValueError) as error:
             kind = url.partition(":")[0]
             raise ValueError(
-                f"store is {url!r}, and there is no fsspec implementation of {kind}:// here ({error}); expected a folder "
-                f"or a URL that fsspec knows, and the package that it needs"
+                f"store is {url!r}, and there is no fsspec implementation of {kind}:// here ({error}); expected a "
+                f"folder or a URL that fsspec knows, and the package that it needs"
             ) from None
         self.root = root.rstrip("/")
 
@@ -297,8 +295,6 @@ class Remote(Files):
     def write(self, key: str, *parts: Any) -> None:
         """Put the object."""
         path = self._at(key)
-        if self.fs.protocol in ("file", "local") or "file" in self.fs.protocol:
-            raise AssertionError("local URLs are folders")
         self._parents(path)
         self.fs.pipe_file(path, b"".join(parts))
 
@@ -339,10 +335,8 @@ class Remote(Files):
     def delete(self, key: str) -> None:
         """Remove it and what is below."""
         self.fs.invalidate_cache()
-        try:
+        with suppress(FileNotFoundError):
             self.fs.rm(self._at(key), recursive=True)
-        except FileNotFoundError:
-            pass
 
     def _parents(self, path: str) -> None:
         # object stores have no folders; those that have do not always make them on writing

@@ -92,10 +92,10 @@ def load(files: Files) -> Manifest | None:
         ) from None
 
 
-def dump(files: Files, manifest: Manifest) -> None:
+def dump(files: Files, manifest: Manifest, sync: bool = True) -> None:
     """Replace the manifest in one atomic step."""
     data = seal(asdict(manifest))
     if isinstance(files, Local):
-        files.write(NAME, data, sync=True)
+        files.write(NAME, data, sync=sync)
     else:
         files.write(NAME, data)

@@ -25,8 +25,8 @@ import copy
 import errno
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from byline.store import manifest as manifests
+from byline.store.background import Background
 from byline.store.chunks import (
     GROUP,
     ROOT,
@@ -74,6 +75,8 @@ class Store:
         self.manifest = manifests.load(self.files) or Manifest()
         self._lock = Lock(self.files)
         self._depth = 0
+        self._background = Background()
+        self._fresh: dict[str, dict[str, Tensor]] = {}
         self._records: dict[str, dict[str, Any]] = {}
         self._groups: set[str] = set()
         self._seen: dict[tuple[str, tuple[int, ...], bytes], str] = {}
@@ -92,7 +95,7 @@ class Store:
                 # another writer may have been first
                 if not self.manifest.made_for:
                     self.manifest.made_for = made_for
-                    self.flush()
+                    self.flush(sync=False)
         differing = _differences(self.manifest.made_for, made_for)
         if differing:
             raise ValueError(
@@ -106,10 +109,19 @@ class Store:
         self._depth += 1
         try:
             yield
+        except BaseException:
+            # the first problem is the one to tell
+            with suppress(Exception):
+                self._background.drain()
+            raise
         finally:
             self._depth -= 1
             if self._depth == 0:
-                self._lock.release()
+                try:
+                    self.drain()
+                finally:
+                    self._background.close()
+                    self._lock.release()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -134,13 +146,29 @@ class Store:
                     self._records.clear()
             yield
 
-    def flush(self) -> None:
-        """Write the manifest in one atomic step."""
+    def flush(self, sync: bool = True) -> None:
+        """Write the manifest in one atomic step; ``sync`` waits for the disk, where there is one."""
         assert not self.worker, "only the writer with the lock writes the manifest"
         if isinstance(self.files, Memory):
             return
         with self.writing():
-            manifests.dump(self.files, self.manifest)
+            manifests.dump(self.files, self.manifest, sync)
+
+    def drain(self) -> None:
+        """Wait until all that was given to be written is written.
+
+        Raises:
+            OSError: the place is full or read-only; in one sentence.
+        """
+        with self._said():
+            self._background.drain()
+
+    def _later(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Write while something else is computed; in memory there is nothing to wait for."""
+        if isinstance(self.files, Memory):
+            work(*arguments)
+        else:
+            self._background.do(work, *arguments)
 
     @contextmanager
     def _said(self) -> Iterator[None]:
@@ -150,13 +178,13 @@ class Store:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 sentence = (
-                    f"store {self.files.where}: no space left on the device; what is complete is kept, and the next fit "
-                    "goes on from there when there is room"
+                    f"store {self.files.where}: no space left on the device; what is complete is kept, and the next "
+                    "fit goes on from there when there is room"
                 )
             elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
                 sentence = (
-                    f"store {self.files.where} cannot be written ({error.strerror}), and does not hold all that is asked "
-                    "for; expected a complete store, or a place that can be written"
+                    f"store {self.files.where} cannot be written ({error.strerror}), and does not hold all that is "
+                    "asked for; expected a complete store, or a place that can be written"
                 )
             else:
                 raise
@@ -213,14 +241,12 @@ class Store:
 
         def spec(path: str, dtype: str, *form: int) -> dict[str, Any]:
             made = Spec(path, (length, *form), (rows, *(max(1, s) for s in form)), dtype)
-            self._declare(made)
+            self._later(self._declare, made)
             return made.to_json()
 
+        stale = [f"features/{key}", f"state/{key}", f"{of}/{identity}", f"residual/{identity}"]
         with self.writing():
-            self.files.delete(_progress(key))
-            for stale in (f"features/{key}", f"state/{key}", f"{of}/{identity}", f"residual/{identity}"):
-                if not self._whole(stale):
-                    self.files.delete(f"{ROOT}/{stale}")
+            self._later(self._clear, [_progress(key), *(f"{ROOT}/{path}" for path in stale if not self._whole(path))])
             entry = {
                 **about,
                 "chunk": rows,
@@ -232,11 +258,14 @@ class Store:
                 "state": self._put_tensors(key, state),
                 "complete": False,
             }
-            self.files.write(_progress(key), seal(entry))
+            self._later(self.files.write, _progress(key), seal(entry))
         self._records[key] = entry
+        # contiguous as when read back: strides change the last bits of products
+        self._fresh[key] = {name: plain(value).contiguous() for name, value in state.items()}
 
     def missing(self, key: str) -> list[int] | None:
         """Which chunks a member lacks; None where nothing has begun."""
+        self.drain()
         entry = self.record(key)
         if entry is None:
             return None
@@ -246,15 +275,18 @@ class Store:
 
     def write(self, key: str, index: int, rows: dict[str, np.ndarray], value: Tensor, residual: Tensor) -> None:
         """Write a batch of a member: its rows, then its residuals, then its outputs, which say that it is done."""
+        with self._said():
+            self._later(self._write, key, index, rows, value, residual)
+
+    def _write(self, key: str, index: int, rows: dict[str, np.ndarray], value: Tensor, residual: Tensor) -> None:
         entry = self.record(key)
         assert entry is not None, "a member is declared before it is written"
-        with self._said():
-            for name, data in rows.items():
-                self._put_chunk(Spec.of(entry["arrays"][name]), index, data, name)
-            vectors = entry["vectors"]
-            if not self._whole(vectors["residual"]["path"]):
-                self._put_chunk(Spec.of(vectors["residual"]), index, plain(residual).float().numpy())
-            self._put_chunk(Spec.of(vectors[entry["of"]]), index, plain(value).float().numpy())
+        for name, data in rows.items():
+            self._put_chunk(Spec.of(entry["arrays"][name]), index, data, name)
+        vectors = entry["vectors"]
+        if not self._whole(vectors["residual"]["path"]):
+            self._put_chunk(Spec.of(vectors["residual"]), index, plain(residual).float().numpy())
+        self._put_chunk(Spec.of(vectors[entry["of"]]), index, plain(value).float().numpy())
 
     def finish(self, keys: Sequence[str], vectors: Sequence[tuple[str, str]] = ()) -> None:
         """Count members and vectors as complete, whose chunks are all there.
@@ -265,6 +297,7 @@ class Store:
             DamagedError: a chunk is not there.
         """
         with self.writing():
+            self._background.drain()
             known = self._known()
             for key in keys:
                 entry = copy.deepcopy(self.record(key))
@@ -281,6 +314,7 @@ class Store:
             self.flush()
             for name in [*keys, *("-".join(names) for names in vectors)]:
                 self._records.pop(name, None)
+                self._fresh.pop(name, None)
                 self.files.delete(_progress(name))
 
     def _finish_vector(self, content: dict[str, Any]) -> None:
@@ -303,8 +337,7 @@ class Store:
         """Declare one number per training example."""
         spec, key = Spec(f"{kind}/{identity}", (length,), (min(chunk, length),), "float32"), f"{kind}-{identity}"
         with self.writing():
-            self.files.delete(_progress(key))
-            self.files.delete(f"{ROOT}/{spec.path}")
+            self._clear([_progress(key), f"{ROOT}/{spec.path}"])
             self._declare(spec)
             content = {**spec.to_json(), "member": member}
             self.files.write(_progress(key), seal(content))
@@ -325,7 +358,7 @@ class Store:
         entry = self._vector(kind, identity)
         assert entry is not None, "a vector is declared before it is written"
         with self._said():
-            self._put_chunk(Spec.of(entry), index, plain(values).float().numpy())
+            self._later(self._put_chunk, Spec.of(entry), index, plain(values).float().numpy())
 
     def has_vector(self, kind: str, identity: str) -> bool:
         """Whether all of a vector is there."""
@@ -358,10 +391,14 @@ class Store:
         """Keep what was learnt for a member."""
         with self.writing():
             self.manifest.state[key] = self._put_tensors(key, state)
+            self._background.drain()
             self.flush()
 
     def state(self, key: str) -> dict[str, Tensor] | None:
         """What was learnt for a member, if it is there."""
+        if key in self._fresh:
+            return dict(self._fresh[key])
+        self.drain()
         specs = self.manifest.state.get(key)
         if specs is None:
             specs = (self.record(key) or {}).get("state")
@@ -377,6 +414,10 @@ class Store:
         return f"Store({self.files.where})"
 
     # pieces
+
+    def _clear(self, keys: list[str]) -> None:
+        for key in keys:
+            self.files.delete(key)
 
     def _declare(self, spec: Spec, attributes: dict[str, Any] | None = None) -> None:
         if isinstance(self.files, Memory):
@@ -395,9 +436,9 @@ class Store:
             array = plain(value).contiguous().numpy()
             form = array.shape or (1,)
             spec = Spec(f"state/{key}/{_safe(name)}", form, tuple(max(1, s) for s in form), array.dtype.name)
-            self._declare(spec, {"scalar": not array.shape})
+            self._later(self._declare, spec, {"scalar": not array.shape})
             if array.size:
-                self._put_chunk(spec, 0, array.reshape(form))
+                self._later(self._put_chunk, spec, 0, array.reshape(form))
             out[name] = {**spec.to_json(), "scalar": not array.shape}
         return out
 
@@ -486,10 +527,8 @@ class Store:
     def _like(self, name: str, spec: Spec) -> tuple[Any, ...]:
         tail = b""
         if spec.count():
-            try:
+            with suppress(FileNotFoundError):
                 tail = self.files.tail(spec.key((0,) * len(spec.shape)), 4)
-            except FileNotFoundError:
-                pass
         return name, spec.shape, spec.chunks, spec.dtype, tail
 
     def _shared(self, name: str, spec: Spec, known: dict[tuple[Any, ...], list[Spec]]) -> Spec:
