@@ -1,12 +1,13 @@
-"""Work in this process: features and residuals of members, batch by batch, into a store.
+"""Features and residuals of members, batch by batch, into a store.
 
 The work is cut into units: `plan` says which chunks the store lacks, `do` computes the chunks of one unit and writes
 them, and `finish` counts as complete what all chunks of are there. `do` touches no manifest, so that units may be done
-anywhere and in any order, those of `Plan.learning` before the others.
+anywhere and in any order, those that learn or declare before the others.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from byline import batches
+from byline.engines.base import HERE, Engine, Work
 from byline.engines.workbench import Active, Collate, Workbench, naming
 from byline.ensembles.base import Member
 from byline.ensembles.dropout import MaskChange
@@ -34,6 +36,7 @@ from byline.task import Task
 
 # side by side, masks share the overhead of each operation; beyond this many rows there is none left to share
 _TILED_ROWS = 1024
+_PIECES = 16  # per process
 
 
 @dataclass
@@ -85,6 +88,8 @@ class Unit:
     """Examples per chunk."""
     missing: tuple[tuple[int, ...], ...] = ()
     """The chunks that each member lacks."""
+    share: float = 1.0
+    """What its FLOPs are multiplied by: of a unit that was split, the first part stands for all."""
 
     @property
     def chunks(self) -> list[int]:
@@ -96,13 +101,19 @@ class Unit:
         """Chunks times members."""
         return len(self.chunks) * len(self.members)
 
-    def split(self, most: int) -> list[Unit]:
-        """The same work in units of at most ``most`` chunks, in order."""
+    def split(self, most: int, length: int) -> list[Unit]:
+        """The same work on a dataset of this length, in units of at most ``most`` chunks, in order."""
         chunks = self.chunks
-        parts = [set(chunks[i : i + most]) for i in range(0, len(chunks), most)]
+        parts = [chunks[i : i + most] for i in range(0, len(chunks), most)]
         if len(parts) < 2:
             return [self]
-        return [replace(self, missing=tuple(tuple(c for c in m if c in part) for m in self.missing)) for part in parts]
+        rows = [sum(min((c + 1) * self.chunk, length) - c * self.chunk for c in part) for part in parts]
+        shares = [sum(rows) / rows[0], *(0.0 for _ in rows[1:])]
+        return [self.narrowed(part, share) for part, share in zip(map(set, parts), shares, strict=True)]
+
+    def narrowed(self, chunks: set[int], share: float = 1.0) -> Unit:
+        """The same work on these chunks alone."""
+        return replace(self, missing=tuple(tuple(c for c in m if c in chunks) for m in self.missing), share=share)
 
 
 @dataclass
@@ -118,18 +129,102 @@ class Plan:
     def __bool__(self) -> bool:
         return bool(self.units or self.keys or self.vectors)
 
-    @property
-    def learning(self) -> list[Unit]:
-        """The units that come first; each depends on nothing."""
-        return [unit for unit in self.units if unit.kind in ("learn", "declare")]
+    def stages(self, length: int, processes: int) -> list[list[Unit]]:
+        """The units in an order in which they can be done, those of a stage in any order.
 
-    @property
-    def computing(self) -> list[Unit]:
-        """The others, which may be split and done in any order."""
-        return [unit for unit in self.units if unit.kind in ("rows", "residual")]
+        Args:
+            length: examples in the dataset.
+            processes: how many other processes share the work; 0 for none.
+        """
+        if not processes:
+            return [self.units]
+        first = [unit for unit in self.units if unit.kind in ("learn", "declare")]
+        others = [unit for unit in self.units if unit.kind not in ("learn", "declare")]
+        # small enough for all to end at about the same time, large enough for a member's model to pay
+        most = max(1, -(-sum(len(unit.chunks) for unit in others) // (_PIECES * processes)))
+        return [first, [part for unit in others for part in unit.split(most, length)]]
 
 
-def write_features(job: Job, members: Sequence[Member], store: Store, bench: Workbench) -> None:
+class Writing(Work):
+    """The units of a plan as pieces of work.
+
+    Args:
+        job: what is computed.
+        members: of all the units.
+        store: where to.
+        bench: of this process; others make their own.
+    """
+
+    what = "the task, the ensemble and the training set"
+
+    def __init__(self, job: Job, members: Sequence[Member], store: Store, bench: Workbench):
+        self.job, self.members, self.store, self.bench = job, list(members), store, bench
+        self._places = {id(member): place for place, member in enumerate(self.members)}
+
+    def do(self, piece: Unit, advance: Advance) -> float:
+        """`do` a unit; returns its FLOPs."""
+        job = self.job if piece.share else replace(self.job, ledger=None)
+        return do(job, piece, self.store, self.bench, advance) * piece.share
+
+    def steps(self, piece: Unit) -> float:
+        """Chunks times members."""
+        return piece.steps
+
+    def left(self, piece: Unit) -> Unit | None:
+        """The chunks that the store still lacks."""
+        if piece.kind in ("learn", "declare"):
+            return piece
+        if piece.kind == "residual":
+            lacking = [self.store.missing_vector("residual", piece.members[0].identity("residual"))]
+        else:
+            lacking = [self.store.missing(self.job.key(member)) for member in piece.members]
+        missing = tuple(
+            own if lack is None else tuple(c for c in own if c in lack)
+            for own, lack in zip(piece.missing, lacking, strict=True)
+        )
+        rest = replace(piece, missing=missing)
+        return rest if rest.chunks else None
+
+    def pack(self, piece: Unit) -> tuple[Unit, list[int]]:
+        """Members by their places: their weights are sent once."""
+        return replace(piece, members=()), [self._places[id(member)] for member in piece.members]
+
+    def unpack(self, packed: tuple[Unit, list[int]]) -> Unit:
+        """Members from their places."""
+        unit, places = packed
+        return replace(unit, members=tuple(self.members[place] for place in places))
+
+    def credit(self, seconds: float) -> None:
+        """For the ledger."""
+        if self.job.ledger is not None:
+            self.job.ledger.add_seconds("fitting", seconds, wall=0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        ledger = None if self.job.ledger is None else Ledger()
+        return {
+            "job": replace(self.job, ledger=ledger, progress=False),
+            "members": self.members,
+            "place": shared_place(self.store),
+            "device": shared_device(self.bench.device),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        job = state["job"]
+        bench = Workbench(job.task, job.dataset, job.collate, state["device"])
+        self.__init__(job, state["members"], Store(state["place"], worker=True), bench)  # type: ignore[misc]
+
+
+def shared_place(store: Store) -> str | None:
+    """What opens a store in a process that may run in another folder."""
+    return store.place if store.path is None else os.path.abspath(store.path)
+
+
+def shared_device(device: torch.device) -> str:
+    """The kind of a device: each process sees those that are its own."""
+    return device.type
+
+
+def write_features(job: Job, members: Sequence[Member], store: Store, bench: Workbench, engine: Engine = HERE) -> None:
     """Compute what the store lacks: features, outputs and residuals of every member, each distinct one once."""
     verify(job, members, store, bench)
     if not plan(job, members, store):
@@ -137,9 +232,10 @@ def write_features(job: Job, members: Sequence[Member], store: Store, bench: Wor
     with store.writing():
         # with the lock the manifest has been read again
         found = plan(job, members, store)
+        stages = found.stages(len(job.dataset), engine.processes())
         with bar(sum(unit.steps for unit in found.units), "features", job.progress) as advance:
-            for unit in found.units:
-                charge(job, do(job, unit, store, bench, advance))
+            work = Writing(job, members, store, bench)
+            engine.run(work, stages, lambda place, flops: charge(job, flops or 0.0), advance)
         finish(found, store)
 
 

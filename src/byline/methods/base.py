@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from byline import batches
+from byline.engines.base import Engine, as_engine
 from byline.engines.local import Job, member_key, stream_rows, write_features
 from byline.engines.workbench import Collate, Workbench
 from byline.ensembles.base import Ensemble, Member, as_ensemble, check_count
@@ -65,6 +66,8 @@ class Attributor(ABC):
         device: where to work; the device of the task's model by default. GPUs are untested.
         ledger: is told what fitting and serving cost.
         progress: show a progress bar where stderr is a terminal.
+        engine: where the work is done: in this process by default, ``"ray"`` or `byline.engines.Ray`, which needs a
+            ``store`` that its workers reach.
 
     Attributes:
         n_train_: number of training examples, after ``fit``.
@@ -87,6 +90,7 @@ class Attributor(ABC):
         device: Any = None,
         ledger: Ledger | None = None,
         progress: bool = True,
+        engine: str | Engine | None = None,
     ):
         if not isinstance(task, Task):
             raise TypeError(f"task is a {type(task).__name__}; expected a byline.Task")
@@ -105,7 +109,9 @@ class Attributor(ABC):
         self.device = device
         self.ledger = ledger
         self.progress = progress
+        self.engine = as_engine(engine)
         self.store = Store(store)
+        self.engine.check(self.store)
         self._train_set: Any = None
         self._check_members(self.ensemble.members())
 
@@ -316,7 +322,7 @@ class Attributor(ABC):
     def _write(self) -> None:
         """Compute what the store lacks of the training set."""
         job = self._job(self._train_set, "train_set", self._of)
-        write_features(job, self.ensemble.members(), self.store, self._bench)
+        write_features(job, self.ensemble.members(), self.store, self._bench, self.engine)
 
     def _prepare(self) -> None:  # noqa: B027 - most methods need nothing more
         """Whatever fitting does beyond the features."""
