@@ -62,7 +62,7 @@ def ensembles() -> dict[str, byline.Ensemble]:
 def small(monkeypatch):
     """Many chunks and many blocks, of sizes that fit nothing evenly."""
     monkeypatch.setattr(streaming, "_ROWS", (16, 16))
-    monkeypatch.setattr(streaming, "_TESTS", 4)
+    monkeypatch.setattr(streaming, "_TESTS", 5)
 
 
 def check(attributor: byline.methods.Attributor, tests: TensorDataset, k: int = 6, tolerance: float = 2e-5) -> None:
@@ -85,11 +85,14 @@ def check(attributor: byline.methods.Attributor, tests: TensorDataset, k: int = 
             assert len(set(row)) == k
 
 
-CASES = [
-    pytest.param(info.name, kind, id=f"{info.name}-{kind}")
-    for info in methods()
-    for kind in (*info.ensembles, *({"forward-only": ["forward-only of one"]}.get(info.ensembles[-1], [])))
-]
+def kinds(info: byline.methods.registry.MethodInfo) -> tuple[str, ...]:
+    """What a method takes; iterative solvers, which are slow and differ in how they prepare alone, with two of them."""
+    if info.cls is byline.Influence and info.options.get("solver") not in ("ekfac", "explicit"):
+        return ("independent",) if info.options["solver"] in ("lissa", "arnoldi", "cg") else ("independent", "lora")
+    return (*info.ensembles, "forward-only of one") if info.forward_only else info.ensembles
+
+
+CASES = [pytest.param(info.name, kind, id=f"{info.name}-{kind}") for info in methods() for kind in kinds(info)]
 
 
 @pytest.mark.usefixtures("small")
@@ -108,7 +111,7 @@ FEATURES = [byline.Exact(), byline.Factorized(24), byline.Dense(20), byline.Nyst
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("features", FEATURES, ids=repr)
 @pytest.mark.parametrize("method", [byline.TRAK, byline.TrackStar, byline.GradDot, byline.GradCos, byline.TracIn])
-@pytest.mark.parametrize("kind", ["one", "dropout", "trajectory", "repeated"])
+@pytest.mark.parametrize("kind", ["dropout", "repeated"])
 def test_every_kind_of_features(ensembles, method, features, kind):
     attributor = method(byline.Task(mlp(0)), ensembles[kind], features=features, damping=0.2, progress=False)
     check(attributor.fit(examples(N, 0)), examples(T, 1))
@@ -126,12 +129,12 @@ def test_trak_errors_are_those_of_the_matrix(ensembles, kind):
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("normalization", [None, "relatif", "theta-relatif"])
-@pytest.mark.parametrize("solver", ["ekfac", "explicit", "cg"])
+@pytest.mark.parametrize("solver", ["ekfac", "explicit"])
 def test_influence_and_its_normalisations(ensembles, solver, normalization):
     attributor = byline.Influence(
         byline.Task(mlp(0)), ensembles["independent"], solver=solver, normalization=normalization, progress=False
     ).fit(examples(N, 0))
-    check(attributor, examples(T, 1), tolerance=1e-3 if solver == "cg" else 1e-4)
+    check(attributor, examples(T, 1), tolerance=1e-4)
 
 
 def smooth(model, batch):
@@ -147,16 +150,24 @@ def test_a_loss_of_its_own(ensembles, method):
 
 
 @pytest.mark.usefixtures("small")
-def test_ties_stand_in_the_order_of_the_training_set(ensembles):
-    x, y = examples(10, 0).tensors
+def test_ties_stand_in_the_order_of_the_training_set():
+    """Whole numbers throughout, so that equal examples have equal scores whichever chunk they are in."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-3, 4, (10, 5), generator=generator).float()
+    y = torch.randint(-3, 4, (10, 1), generator=generator).float()
+    model = nn.Linear(5, 1)
+    model.weight.data.copy_(torch.tensor([[1.0, -2.0, 0.0, 3.0, 1.0]]))
+    model.bias.data.fill_(1.0)
     # each example seven times, spread over all chunks
-    train = TensorDataset(x.repeat(7, 1), y.repeat(7))
-    attributor = byline.GradDot(byline.Task(mlp(0)), ensembles["one"], progress=False, batch_size=70).fit(train)
-    ranking = attributor.top(examples(T, 1), 14)
-    for ranked in (ranking.proponents, ranking.opponents):
-        groups = ranked.indices.reshape(T, 2, 7)
-        assert (groups % 10 == groups[..., :1] % 10).all()
-        assert (np.diff(groups, axis=2) == 10).all()
+    train, tests = TensorDataset(x.repeat(7, 1), y.repeat(7, 1)), TensorDataset(x, y)
+    attributor = byline.GradDot(
+        byline.Task(model.eval(), output="regression"), byline.Independent([model]), progress=False
+    ).fit(train)
+    ranking, whole = attributor.top(tests, 30), attributor.attribute(tests).top(30)
+    assert len(np.unique(whole.scores[0])) < 10
+    for got, want in ((ranking.proponents, whole.proponents), (ranking.opponents, whole.opponents)):
+        np.testing.assert_array_equal(got.indices, want.indices)
+        np.testing.assert_array_equal(got.scores, want.scores)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -118,6 +118,36 @@ def bench(
     _compare(setting, folder, quick, as_json, command, data, width, names)
 
 
+@app.command(epilog="Example:  byline serve runs/x --task my_project:served")
+def serve(
+    store: Annotated[Path, typer.Argument(help="Folder of the store; what it lacks is computed first.")],
+    task: Annotated[str, typer.Option(help="module:object, a byline.serve.Served or a function that returns one.")],
+    host: Annotated[str, typer.Option(help="Where to listen; others than localhost need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    token: Annotated[
+        str | None, typer.Option(help="Bearer token that requests need.", envvar="BYLINE_TOKEN", show_envvar=True)
+    ] = None,
+    rows: Annotated[
+        str, typer.Option(help="Training rows in memory as float32, float16 or int8; store leaves them; or auto.")
+    ] = "auto",
+    max_batch: Annotated[int, typer.Option(help="Examples of a request.", min=1)] = 64,
+    max_k: Annotated[int, typer.Option(help="Proponents and opponents per example.", min=1)] = 100,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request.", min=1024)] = 16 * 2**20,
+    max_queue: Annotated[int, typer.Option(help="Examples that may wait.", min=1)] = 256,
+    timeout: Annotated[float, typer.Option(help="Seconds for an answer.", min=0.1)] = 30.0,
+) -> None:
+    """Answer over HTTP: POST an example, get its proponents and opponents. Needs the extra: byline[serve]."""
+    with _one_sentence():
+        try:
+            from byline.serve import Limits, logs
+            from byline.serve.server import serve as run
+        except ImportError as error:
+            raise ValueError(str(error)) from None
+        logs.configure()
+        limits = Limits(body=max_body, batch=max_batch, k=max_k, queue=max_queue, seconds=timeout)
+        run(store, task, host=host, port=port, token=token, rows=rows, limits=limits)
+
+
 @app.command("methods", epilog="Example:  byline methods --json")
 def list_methods(as_json: AsJson = False) -> None:
     """List the attribution methods: what each is, what it needs, and where it comes from."""

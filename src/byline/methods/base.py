@@ -231,7 +231,7 @@ class Attributor(ABC):
         self._check_fitted()
         scan.check_dtype(dtype)
         self._resident = {}
-        if self.features.linear and all(self._streams(voter) for voter in self._voters):
+        if self.columns():
             places = streaming.spans(self, self._voters)
             for voter in self._voters:
                 stored = self._stored(voter)
@@ -239,6 +239,13 @@ class Attributor(ABC):
                 self._resident[voter.member.identity("gradient")] = found
         self._warm()
         return sum(rows.nbytes for rows in self._resident.values())
+
+    def columns(self) -> int:
+        """Numbers per training example, over all members, that `hold` would keep; 0 where it keeps none."""
+        self._check_fitted()
+        if not self.features.linear or not all(self._streams(voter) for voter in self._voters):
+            return 0
+        return sum(self._stored(voter).columns for voter in self._voters)
 
     def self_influence(self) -> np.ndarray:
         """The score of every training example for itself, (n_train,): ``attribute(train_set)``'s diagonal."""
