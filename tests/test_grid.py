@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from byline import cli, report
 from byline.methods.registry import methods
-from byline.report.grid import grid_verdict
+from byline.report.grid import grid_content, grid_verdict
 from byline.settings import judges
 from byline.settings.grid import run
 from byline.settings.rows import GRID, Row, parse
@@ -84,6 +84,17 @@ def test_the_page_holds_every_figure(grid: tuple[Path, dict[str, Any]]) -> None:
     assert grid_verdict(result).split(",")[0] in html
     assert "http-equiv" in html
     assert 'src="http' not in html
+
+
+def test_a_heat_map_starts_at_what_chance_scores(grid: tuple[Path, dict[str, Any]]) -> None:
+    """A ranking that says nothing has an area of 0.5 under its curve, and is as cold as an LDS of 0."""
+    figure = {"mean": 0.5, "low": 0.5, "high": 0.5}
+    cell = grid[1]["cells"][0]
+    result = {**grid[1], "cells": [{**cell, "measures": {"mislabel": figure, "lds": figure}}]}
+    result["methods"] = [m for m in result["methods"] if m["name"] == cell["method"]]
+    result["ensembles"] = [e for e in result["ensembles"] if e["name"] == cell["ensemble"]]
+    maps = {m["name"]: m["rows"][0]["cells"][0]["heat"] for m in grid_content(result)["maps"]}
+    assert maps["mislabel"] == 0 < maps["lds"]
 
 
 def test_a_second_run_makes_nothing_again(grid: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:

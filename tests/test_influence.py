@@ -647,7 +647,9 @@ def test_a_callable_form_of_a_named_loss_gives_the_same_on_a_convex_model(linear
 
 def test_an_indefinite_hessian_of_a_callable_loss_points_to_the_fisher(mlp):
     task = byline.Task(mlp.model, output=lambda m, b: m(b[0])[:, 0])
-    with pytest.raises(ValueError, match=r'not positive definite.* or take curvature="fisher", which is never negative'):
+    with pytest.raises(
+        ValueError, match=r'not positive definite.* or take curvature="fisher", which is never negative'
+    ):
         scores(task, mlp.train, mlp.test, solver="explicit", damping=0.1)
 
 
@@ -660,7 +662,10 @@ def test_an_indefinite_hessian_of_a_callable_loss_points_to_the_fisher(mlp):
         ({"solver": "ekfac", "curvature": "hessian"}, "curvature is 'hessian', which solver='ekfac' has no form of"),
         ({"solver": "datainf", "curvature": "hessian"}, "has no form of"),
         ({"features": byline.Factorized(8)}, "Influence takes byline.Exact()"),
-        ({"features": byline.Factorized(8), "solver": "explicit", "curvature": "ggn"}, "Influence takes byline.Exact()"),
+        (
+            {"features": byline.Factorized(8), "solver": "explicit", "curvature": "ggn"},
+            "Influence takes byline.Exact()",
+        ),
         ({"damping": -1}, "damping is -1"),
         ({"seed": -1}, "seed is -1"),
     ],

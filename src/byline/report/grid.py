@@ -17,7 +17,7 @@ def grid_content(result: Mapping[str, Any]) -> dict[str, Any]:
     ceiling = result["bank"].get("ceiling")
     maps = [
         {
-            **_map(result, cells, measure["name"]),
+            **_map(result, cells, measure["name"], measure.get("chance", 0.0)),
             **measure,
             "ceiling": f"{ceiling:.2f}" if ceiling is not None and measure["name"] == "lds" else None,
         }
@@ -38,11 +38,13 @@ def grid_content(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _map(result: Mapping[str, Any], cells: Mapping[tuple[str, str], Any], name: str) -> dict[str, Any]:
+def _map(
+    result: Mapping[str, Any], cells: Mapping[tuple[str, str], Any], name: str, chance: float = 0.0
+) -> dict[str, Any]:
     lines = [line for line in result["baselines"] if line["measure"] == name]
     found = [c["measures"].get(name) for c in cells.values()]
     means = [f["mean"] for f in [*found, *lines] if f and f["mean"] is not None]
-    low, high = min([*means, 0.0]), max([*means, 1e-9])
+    low, high = min([*means, chance]), max([*means, chance + 1e-9])
     best = max(means, default=None)
 
     def heat(value: float) -> float:

@@ -40,6 +40,8 @@ class Judge(ABC):
     """What is measured, in a sentence."""
     retrains: ClassVar[bool] = False
     """Whether each cell needs models of its own, so that it is not measured unless asked for."""
+    chance: ClassVar[float] = 0.0
+    """What says nothing scores: where the heat map starts."""
 
     @abstractmethod
     def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any] | None:
@@ -54,7 +56,7 @@ class Judge(ABC):
 
     def describe(self) -> dict[str, Any]:
         """For the report."""
-        return {"name": self.name, "title": self.title, "says": self.says}
+        return {"name": self.name, "title": self.title, "says": self.says, "chance": self.chance}
 
 
 class LDSJudge(Judge):
@@ -73,7 +75,7 @@ class LDSJudge(Judge):
 class MislabelJudge(Judge):
     """Flipped labels found by self-influence."""
 
-    name, title = "mislabel", "Mislabels, ROC-AUC"
+    name, title, chance = "mislabel", "Mislabels, ROC-AUC", 0.5
     says = (
         f"ROC-AUC of finding the {FLIPPED * 100:g} % of training labels that were flipped, by self-influence under "
         "models trained on the flipped labels."
