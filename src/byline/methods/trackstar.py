@@ -18,6 +18,7 @@ which divides differences by λ: with gradients in float32, damping below about 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,9 @@ class TrackStar(Ridge):
     def _prepare(self) -> None:
         super()._prepare()
         self._gram_of: tuple[str, Tensor] | None = None
+
+    def _sent(self) -> dict[str, Any]:
+        return {**super()._sent(), "_gram_of": None}
 
     def _scales(self, voter: Voter) -> Tensor | None:
         return self._loss_scale(voter)
