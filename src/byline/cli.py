@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from byline.cli_store import store_app
+
 app = typer.Typer(
     name="byline",
     help="Which training examples made a model say that, and how sure are we?",
@@ -25,6 +27,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="The data of the named benchmarks.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(store_app, name="store")
 
 _debug = False
 

@@ -364,7 +364,7 @@ def _groups(members: Sequence[Member], job: Job, store: Store) -> list[list[Memb
         if chain and isinstance(chain[-1], MaskChange) and not any(isinstance(c, MaskChange) for c in chain[:-1]):
             mask = chain[-1]
             before = [str(change.spec()) for change in chain[:-1]]
-            own = store.chunk(job.key(member))
+            own = store.chunk(job.key(member)) or min(job.batch_size, len(job.dataset))
             signature = (member.weights.digest(), *before, mask.seed, mask.model_index, mask.p, own)
         if signature is not None and signature == previous and len(groups[-1]) < room:
             groups[-1].append(member)

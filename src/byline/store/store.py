@@ -298,13 +298,21 @@ class Store:
         """
         with self.writing():
             self._background.drain()
-            known = self._known()
+            known, dropped = self._known(), []
+            taken = {
+                (content["path"], key)
+                for key, entry in self.manifest.features.items()
+                for content in entry["arrays"].values()
+            }
             for key in keys:
                 entry = copy.deepcopy(self.record(key))
                 assert entry is not None
                 for name, content in entry["arrays"].items():
                     spec = self._closed(Spec.of(content))
-                    entry["arrays"][name] = self._shared(name, spec, known).to_json()
+                    if not any(path == spec.path and other != key for path, other in taken):
+                        own, spec = spec, self._shared(name, spec, known)
+                        dropped += [own.path] if own.path != spec.path else []
+                    entry["arrays"][name] = spec.to_json()
                 for content in entry["vectors"].values():
                     self._finish_vector({**content, "member": entry["member"]})
                 self.manifest.state[key] = entry.pop("state", None) or self.manifest.state.get(key, {})
@@ -312,6 +320,8 @@ class Store:
             for kind, identity in vectors:
                 self._finish_vector(self._vector(kind, identity) or {})
             self.flush()
+            # only now that nothing refers to them: a kill before would have left members without their factors
+            self._clear([f"{ROOT}/{path}" for path in dropped])
             for name in [*keys, *("-".join(names) for names in vectors)]:
                 self._records.pop(name, None)
                 self._fresh.pop(name, None)
@@ -532,14 +542,13 @@ class Store:
         return name, spec.shape, spec.chunks, spec.dtype, tail
 
     def _shared(self, name: str, spec: Spec, known: dict[tuple[Any, ...], list[Spec]]) -> Spec:
-        """The array, or an earlier one of equal content, in favour of which it is dropped."""
+        """The array, or an earlier one of equal content, in favour of which it is to be dropped."""
         like = self._like(name, spec)
         for other in known.get(like, ()):
             if other.path == spec.path:
                 return spec
             cells = [cell for index in range(spec.grid()[0]) for cell in spec.cells(index)]
             if all(self.files.same(spec.key(cell), other.key(cell)) for cell in cells):
-                self.files.delete(f"{ROOT}/{spec.path}")
                 return other
         known.setdefault(like, []).append(spec)
         return spec
