@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,8 +17,10 @@ from torch.utils.data import Dataset, TensorDataset
 
 import byline
 import byline.engines.local
+import byline.methods.voting
 from byline.engines import Ray
 from byline.store import Store
+from byline.training import Recipe, Trainer
 
 HAVE = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAVE and os.environ.get("BYLINE_CI") != "1", reason="needs ray")
@@ -219,6 +220,108 @@ def test_a_worker_uses_its_share_of_the_cores(engine, tmp_path):
     assert set(threads.read_text().split()) == {"2"}
 
 
+@needs_ray
+@pytest.mark.parametrize("ask", [byline.TRAK.attribute, byline.TRAK.self_influence], ids=["attribute", "self"])
+def test_scores_are_made_by_others_in_the_order_of_one_process(engine, tmp_path, monkeypatch, ask):
+    # three ranges of test examples for each of four members, none of which may vote before the one ahead of it
+    monkeypatch.setattr(byline.methods.voting, "_SPAN", 16)
+    train, test = examples(0), Watched(tmp_path)
+    arguments = (test,) if ask is byline.TRAK.attribute else ()
+    here = made(store=tmp_path / "s").fit(train)
+    there = made(store=tmp_path / "s", engine=engine).fit(train)
+    one, two = ask(here, *arguments), ask(there, *arguments)
+    if arguments:
+        assert sorted(test.reads()) == sorted(list(range(48)) * 4)
+        assert one.stderr.tobytes() == two.stderr.tobytes()
+        one, two = one.values, two.values
+    assert one.tobytes() == two.tobytes()
+    assert here.damping_ == there.damping_
+
+
+def test_a_run_of_checkpoints_is_followed_from_any_range_of_test_examples(tmp_path, monkeypatch):
+    """What an engine's processes are given: pieces that begin in the middle of the test set."""
+    monkeypatch.setattr(byline.methods.voting, "_SPAN", 16)
+    runs = byline.Trajectory([[net(0), net(1)]], weights=[[0.01, 0.01]])
+    attributor = made(byline.DVEmb, runs, damping=0.1).fit(examples(0))
+    whole = attributor.attribute(examples(1)).values
+    monkeypatch.setattr(byline.methods.dvemb, "_BLOCK", 16)
+    monkeypatch.setattr(type(attributor.engine), "processes", lambda self: 2)
+    torch.testing.assert_close(torch.from_numpy(attributor.attribute(examples(1)).values), torch.from_numpy(whole))
+
+
+# training
+
+
+def loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def trainer(group: int = 3) -> Trainer:
+    return Trainer(lambda: net().train(), Recipe(lr=0.1, batch_size=8, epochs=2), loss, group=group)
+
+
+def retrained(path: Path, **options: Any) -> byline.Bank:
+    options = {"train_fn": trainer(), "train_set": examples(0), **options}
+    return byline.retrain(
+        test_set=examples(1, 10), task=byline.Task(net()), subsets=4, seeds=2, path=path, progress=False, **options
+    )
+
+
+@needs_ray
+def test_models_are_those_of_one_process(engine):
+    options = {"task_loss": loss, "seeds": range(7), "group": 3, "checkpoints": [1]}
+    here = byline.train_many(trainer().build, examples(0), trainer().recipe, **options)
+    there = byline.train_many(trainer().build, examples(0), trainer().recipe, **options, engine=engine)
+    for one, two in zip(here, there, strict=True):
+        assert (one.seed, one.losses, one.cost.flops) == (two.seed, two.losses, two.cost.flops)
+        assert all(torch.equal(one.state_dict[k], two.state_dict[k]) for k in one.state_dict)
+        assert all(torch.equal(one.checkpoints[1][k], two.checkpoints[1][k]) for k in one.checkpoints[1])
+
+
+@needs_ray
+def test_a_bank_is_that_of_one_process(engine, tmp_path):
+    here, there = retrained(tmp_path / "a.safetensors"), retrained(tmp_path / "b.safetensors", engine=engine)
+    assert here.outputs.tobytes() == there.outputs.tobytes()
+    assert here.metadata["cost"]["flops"] == there.metadata["cost"]["flops"] > 0
+    assert not (tmp_path / "b.safetensors.parts").exists()
+
+
+@needs_ray
+def test_a_bank_goes_on_with_the_parts_that_are_missing(engine, tmp_path):
+    """The second part fails; what was complete before is not trained again, in process or elsewhere."""
+    here = retrained(tmp_path / "a.safetensors", train_fn=Halting(tmp_path, None))
+    with pytest.raises(ZeroDivisionError):
+        retrained(tmp_path / "b.safetensors", train_fn=Halting(tmp_path, 5), engine=engine)
+    kept = len(list((tmp_path / "b.safetensors.parts").glob("*.safetensors")))
+    (tmp_path / "trained").unlink()
+    there = retrained(tmp_path / "b.safetensors", train_fn=Halting(tmp_path, None), engine=engine)
+    assert len((tmp_path / "trained").read_text().split()) == 8 - 2 * kept
+    assert here.outputs.tobytes() == there.outputs.tobytes()
+
+
+class Halting:
+    """Trains one model at a time, in parts of two, until one fails."""
+
+    group = 2
+
+    def __init__(self, folder: Path, fails: int | None):
+        self.folder, self.fails = folder, fails
+
+    def describe(self):
+        return "halting"
+
+    def many(self, train_set, subsets, seeds):
+        if self.fails is not None and len(self.trained()) >= self.fails:
+            raise ZeroDivisionError("on purpose")
+        with open(self.folder / "trained", "a") as file:
+            file.write("".join(f"{seed}\n" for seed in seeds))
+        return trainer().many(train_set, subsets, seeds)
+
+    def trained(self) -> list[str]:
+        log = self.folder / "trained"
+        return log.read_text().split() if log.exists() else []
+
+
 # what goes wrong
 
 
@@ -299,7 +402,7 @@ def test_a_lost_machine_costs_its_unfinished_chunks_alone(cluster, tmp_path):
         cluster.remove_node(node, allow_graceful=False)
 
     train = Watched(tmp_path, before=hang)
-    made(store=tmp_path / "here").fit(Watched(tmp_path))
+    made(store=tmp_path / "here").fit(Watched(tmp_path))  # reads of this process are not noted
     remover = threading.Thread(target=remove)
     remover.start()
     made(store=tmp_path / "there", engine=Ray(workers=3)).fit(train)

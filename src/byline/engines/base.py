@@ -43,6 +43,14 @@ class Work(ABC):
         """The piece again."""
         return packed
 
+    def send(self, result: Any) -> Any:
+        """A result as it is sent back; an iterator ends here."""
+        return result
+
+    def receive(self, sent: Any) -> Any:
+        """The result again."""
+        return sent
+
     def credit(self, seconds: float) -> None:  # noqa: B027 - most work measures itself
         """CPU seconds that another process spent on a piece."""
 

@@ -54,6 +54,10 @@ class Job:
     collate: Collate = default_collate
     ledger: Ledger | None = None
     progress: bool = True
+    first: int = 0
+    """A part of the dataset begins here, at a batch's start."""
+    last: int | None = None
+    """It ends here; None for the end of the dataset."""
 
     def batch(self, start: int, stop: int, device: torch.device) -> Any:
         """Examples on the device."""
@@ -66,8 +70,9 @@ class Job:
         return batches.to(found, device)
 
     def spans(self) -> list[tuple[int, int]]:
-        """The batches."""
-        return batches.spans(len(self.dataset), self.batch_size)
+        """The batches of the dataset, or of the part of it."""
+        last = len(self.dataset) if self.last is None else self.last
+        return [span for span in batches.spans(last, self.batch_size) if span[0] >= self.first]
 
     def key(self, member: Member) -> str:
         """The store's name for a member's gradients."""

@@ -135,6 +135,7 @@ class Ray(Engine):
                             todo.appendleft((place, rest))
                             continue
                         result, seconds = None, 0.0
+                    result = work.receive(result)
                     work.credit(seconds)
                     advance(work.steps(piece))
                     if not ordered:
@@ -237,7 +238,7 @@ def _perform(name: str, shelf: list[Any], threads: int, packed: Any) -> tuple[An
         # bytes, not objects of Ray's own pickling: those would share read-only memory
         _kept[name] = ray.cloudpickle.loads(ray.get(shelf[0]))
     work, before = _kept[name], time.process_time()
-    result = work.do(work.unpack(packed), _silent)
+    result = work.send(work.do(work.unpack(packed), _silent))
     return result, time.process_time() - before
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from byline import batches
-from byline.engines.base import Engine, as_engine
+from byline.engines.base import HERE, Engine, as_engine
 from byline.engines.local import Job, member_key, stream_rows, write_features
 from byline.engines.workbench import Collate, Workbench
 from byline.ensembles.base import Ensemble, Member, as_ensemble, check_count
@@ -25,6 +25,7 @@ from byline.ledger import Ledger
 from byline.methods import scan, streaming
 from byline.methods.mean import RunningMean
 from byline.methods.streaming import Query
+from byline.methods.voting import Block, Voting
 from byline.progress import bar
 from byline.scores import Ranking, Scores, check_k, matrix
 from byline.store import Store, Stored, StoredRows
@@ -175,18 +176,8 @@ class Attributor(ABC):
         shape = (len(data), self.n_train_)
         folder = None if self.store.path is None else self.store.path / "scores"
         mean = RunningMean(lambda: matrix(shape, _IN_MEMORY, folder), self._with_residuals)
-        with (
-            phase(self.ledger, "serving"),
-            bar(len(self._voters) * len(data), "scores", self.progress) as advance,
-        ):
-            shared = self._shared()
-            self._products = Products(shared)
-            for voter in self._voters:
-                mean.begin(voter.weight, voter.residual)
-                for start, stop, votes in self._votes(voter, job, shared):
-                    mean.add(start, stop, votes)
-                    advance(stop - start, f"scores of {voter.member.name}")
-            values, stderr = self._finish(mean)
+        with phase(self.ledger, "serving"):
+            values, stderr = self._finish(self._vote(mean, job))
         return Scores(values, stderr, self.info())
 
     def top(self, test_set: Any, k: int = 10) -> Ranking:
@@ -251,16 +242,8 @@ class Attributor(ABC):
         """The score of every training example for itself, (n_train,): ``attribute(train_set)``'s diagonal."""
         self._check_fitted()
         mean = RunningMean(lambda: np.zeros((1, self.n_train_), np.float32), self._with_residuals)
-        with (
-            phase(self.ledger, "serving"),
-            bar(len(self._voters), "self-influence", self.progress) as advance,
-        ):
-            self._products = Products(self._shared())
-            for voter in self._voters:
-                mean.begin(voter.weight, voter.residual)
-                mean.add(0, 1, self._self(voter).unsqueeze(0))
-                advance(1, f"self-influence of {voter.member.name}")
-            values, _ = self._finish(mean)
+        with phase(self.ledger, "serving"):
+            values, _ = self._finish(self._vote(mean, None))
         return values[0]
 
     def info(self) -> dict[str, Any]:
@@ -317,6 +300,41 @@ class Attributor(ABC):
         scorer = self._scorer(voter)
         for start, stop, rows in stream_rows(job, voter.member, self._state(voter), self._bench):
             yield start, stop, scorer(self._keyed(rows, voter, shared))
+
+    def _vote(self, mean: RunningMean, job: Job | None) -> RunningMean:
+        """Take the mean of what all members say of test examples, or of the training examples for themselves."""
+        shared = self._shared()
+        self._products = Products(shared)
+        voting = Voting(self, job, shared)
+        pieces = voting.pieces(self.engine.processes())
+        # alone, a piece would wait for another process for nothing
+        engine = self.engine if len(pieces) > 1 else HERE
+        begun: set[int] = set()
+
+        def take(number: int, blocks: Iterable[Block]) -> None:
+            place = pieces[number][0]
+            if place not in begun:
+                begun.add(place)
+                mean.begin(self._voters[place].weight, self._voters[place].residual)
+            for start, stop, votes in blocks:
+                mean.add(start, stop, votes)
+
+        steps = int(sum(voting.steps(piece) for piece in pieces))
+        with bar(steps, "scores" if job else "self-influence", self.progress) as advance:
+            engine.run(voting, [pieces], take, advance, ordered=True)
+        return mean
+
+    def _sent(self) -> dict[str, Any]:
+        """The attributes of a copy in another process, which makes for itself what it has of its own."""
+        own = ("store", "engine", "ledger", "_bench", "_products", "_resident", "_held_norms")
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    def _noted(self) -> dict[str, Any]:
+        """What a copy has found out while it scored, and `info` tells."""
+        return {}
+
+    def _note(self, found: dict[str, Any]) -> None:  # noqa: B027 - most methods find out nothing
+        """Take over what a copy has noted."""
 
     @abstractmethod
     def _self(self, voter: Voter) -> Tensor:

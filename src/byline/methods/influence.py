@@ -127,7 +127,8 @@ class Influence(Attributor):
         if curvature == "ggn" and not self.task.has_likelihood:
             raise ValueError(
                 f"curvature is 'ggn', which needs the likelihood of a named output with its own loss, and the task's "
-                f"{'output' if self.task.name == 'callable' else 'loss'} is a callable; use curvature='fisher' or 'auto'"
+                f"{'output' if self.task.name == 'callable' else 'loss'} is a callable; use "
+                "curvature='fisher' or 'auto'"
             )
         if not isinstance(self.features, Exact) and not (isinstance(solver, Explicit) and curvature == "fisher"):
             raise ValueError(

@@ -95,6 +95,15 @@ class Ridge(Attributor):
         """(n_train,) what stored rows are multiplied by in the second moment; None for 1."""
         return None
 
+    def _sent(self) -> dict[str, Any]:
+        return {**super()._sent(), "_factors": OrderedDict()}
+
+    def _noted(self) -> dict[str, Any]:
+        return dict(self._chosen)
+
+    def _note(self, found: dict[str, Any]) -> None:
+        self._chosen.update(found)
+
     def info(self) -> dict[str, Any]:
         """Adds the damping that was used."""
         chosen = [float(self.damping)] if self.damping != "auto" else sorted(self._chosen.values())

@@ -53,6 +53,9 @@ class TrackStar(Ridge):
         self._gram_of: tuple[str, Tensor] | None = None
         self._lengths: dict[str, Tensor] = {}
 
+    def _sent(self) -> dict[str, Any]:
+        return {**super()._sent(), "_gram_of": None}
+
     def _scales(self, voter: Voter) -> Tensor | None:
         return self._loss_scale(voter)
 

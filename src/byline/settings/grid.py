@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from byline.engines.base import Engine
 from byline.evaluate.bank import Bank, read, write
 from byline.evaluate.lds import noise_ceiling
 from byline.ledger import Ledger
@@ -57,10 +58,10 @@ class Cell:
             queries=self.queries,
         )
 
-    def _attributor(self, ledger: Ledger) -> tuple[Any, Any, int]:
+    def _attributor(self, ledger: Ledger, where: dict[str, Any]) -> tuple[Any, Any, int]:
         ensemble, training, weights = ensemble_of(self.shop, self.row, self.models, self.info.name in STEPPED)
         task = self.shop.setting.task()
-        options = {"ledger": ledger, "progress": self.progress}
+        options = {"ledger": ledger, "progress": self.progress, **where}
         return make(self.info.name, task, ensemble, **options), training, weights
 
     def scores(self) -> tuple[Scores, dict[str, Any]]:
@@ -74,10 +75,11 @@ class Cell:
             found = Scores.load(path)
             return found, found.info["cost"]
         ledger = Ledger()
-        attributor, training, weights = self._attributor(ledger)
-        attributor.fit(self.shop.setting.train_set)
-        scores = attributor.attribute(first(self.shop.setting.test_set, self.queries))
-        features = attributor.store.nbytes()
+        with self.shop.desk() as where:
+            attributor, training, weights = self._attributor(ledger, where)
+            attributor.fit(self.shop.setting.train_set)
+            scores = attributor.attribute(first(self.shop.setting.test_set, self.queries))
+            features = attributor.store.nbytes()
         cost = {
             "training": plain(training),
             "fitting": plain(ledger.fitting),
@@ -93,8 +95,9 @@ class Cell:
         path = self.shop.folder / "suspicion" / f"{self.key}.safetensors"
         if path.exists():
             return read(path)[0]["suspicion"]
-        attributor, _, _ = self._attributor(Ledger())
-        values = attributor.fit(self.shop.setting.train_set).self_influence()
+        with self.shop.desk() as where:
+            attributor, _, _ = self._attributor(Ledger(), where)
+            values = attributor.fit(self.shop.setting.train_set).self_influence()
         write(path, {"suspicion": values}, {"method": self.info.name, "row": self.row.to_dict()})
         return values
 
@@ -117,6 +120,7 @@ def run(
     command: str = "",
     tell: Tell = lambda sentence: None,
     progress: bool = False,
+    engine: str | Engine | None = None,
 ) -> dict[str, Any]:
     """Judges every method under every ensemble and writes `grid.json`.
 
@@ -132,6 +136,7 @@ def run(
         command: What makes this result again, for the report.
         tell: Gets a sentence about each step.
         progress: Whether to show bars on the terminal.
+        engine: Where models are trained, features computed and scores made.
 
     Returns:
         The result, plain data: what `byline.report.build_grid` takes.
@@ -147,8 +152,8 @@ def run(
     if not 1 <= count <= total:
         raise ValueError(f"queries is {queries}; expected 1 to the {total} test examples")
     recipe = bank_recipe or (QUICK_BANK if quick else setting.bank_recipe)
-    shop = Workshop(setting, folder, tell, progress)
-    other = Workshop(relabelled(setting), folder, tell, progress) if "mislabel" in judges else None
+    shop = Workshop(setting, folder, tell, progress, engine)
+    other = Workshop(relabelled(setting), folder, tell, progress, engine) if "mislabel" in judges else None
     models = shop.models(models_needed(rows)) if models_needed(rows) else []
     flipped_models = other.models(models_needed(rows)) if other and models else []
     bank = _restricted(shop.bank(recipe), count) if "lds" in judges else None

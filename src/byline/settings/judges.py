@@ -176,6 +176,7 @@ class LOOJudge(Judge):
             seeds=self.seeds,
             path=folder / f"loo-{cell.shop.key(part='loo', seeds=self.seeds, removed=self.removed)}.safetensors",
             progress=cell.progress,
+            engine=cell.shop.engine,
         )
         own = Bank(own.subsets, own.outputs[:, :, : len(scores.values)], own.metadata)
         return _figure(leave_one_out(scores, own))

@@ -2,9 +2,9 @@
 
     x_{j+1} = v + (I - (H + λI)/σ) x_j,   (H + λI)⁻¹ v = x_∞ / σ
 
-which converges where every eigenvalue of H + λI is below 2σ. What is left of a component with eigenvalue μ is multiplied
-by 1 - (μ + λ)/σ a step: small damping asks for many steps. σ is 0.55 × (λ_max + 2λ), λ_max by power iteration: a tenth
-above the middle of the eigenvalues, where both ends shrink alike. On samples, whose λ_max may be higher, it is
+which converges where every eigenvalue of H + λI is below 2σ. What is left of a component with eigenvalue μ is
+multiplied by 1 - (μ + λ)/σ a step: small damping asks for many steps. σ is 0.55 × (λ_max + 2λ), λ_max by power
+iteration: a tenth above the middle of the eigenvalues, where both ends shrink alike. On samples, whose λ_max may be higher, it is
 1.1 × (λ_max + λ).
 """
 
