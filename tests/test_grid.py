@@ -90,7 +90,7 @@ def test_a_heat_map_starts_at_what_chance_scores(grid: tuple[Path, dict[str, Any
     """A ranking that says nothing has an area of 0.5 under its curve, and is as cold as an LDS of 0."""
     figure = {"mean": 0.5, "low": 0.5, "high": 0.5}
     cell = grid[1]["cells"][0]
-    result = {**grid[1], "cells": [{**cell, "measures": {"mislabel": figure, "lds": figure}}]}
+    result = {**grid[1], "baselines": [], "cells": [{**cell, "measures": {"mislabel": figure, "lds": figure}}]}
     result["methods"] = [m for m in result["methods"] if m["name"] == cell["method"]]
     result["ensembles"] = [e for e in result["ensembles"] if e["name"] == cell["ensemble"]]
     maps = {m["name"]: m["rows"][0]["cells"][0]["heat"] for m in grid_content(result)["maps"]}

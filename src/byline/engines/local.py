@@ -55,7 +55,7 @@ class Job:
     ledger: Ledger | None = None
     progress: bool = True
     first: int = 0
-    """A part of the dataset begins here, at a batch's start."""
+    """A part of the dataset begins here."""
     last: int | None = None
     """It ends here; None for the end of the dataset."""
 
@@ -72,7 +72,7 @@ class Job:
     def spans(self) -> list[tuple[int, int]]:
         """The batches of the dataset, or of the part of it."""
         last = len(self.dataset) if self.last is None else self.last
-        return [span for span in batches.spans(last, self.batch_size) if span[0] >= self.first]
+        return [(self.first + a, self.first + b) for a, b in batches.spans(last - self.first, self.batch_size)]
 
     def key(self, member: Member) -> str:
         """The store's name for a member's gradients."""

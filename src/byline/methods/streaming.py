@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,22 +55,6 @@ class Query:
 
 
 @dataclass
-class Window(Job):
-    """Some of a job's examples, under their own numbers."""
-
-    first: int = 0
-    last: int = 0
-
-    @classmethod
-    def part(cls, job: Job, first: int, last: int) -> Window:
-        """Examples ``first`` to ``last`` of a job."""
-        return cls(**{f.name: getattr(job, f.name) for f in fields(Job)}, first=first, last=last)
-
-    def spans(self) -> list[tuple[int, int]]:
-        """The batches of the window."""
-        return [(self.first + a, self.first + b) for a, b in batches.spans(self.last - self.first, self.batch_size)]
-
-
 class Best:
     """The k first so far of every row, by a key and, where keys are equal, by place."""
 
@@ -161,7 +145,7 @@ def _hold(
     last = min(len(job.dataset), first + _TESTS)
     for voter in attributor._voters:
         own: list[tuple[int, int, Query]] = []
-        with closing(attributor._queries(voter, Window.part(job, first, last), shared)) as queries:
+        with closing(attributor._queries(voter, replace(job, first=first, last=last), shared)) as queries:
             for start, stop, query in queries:
                 own.append((start, stop, query))
                 # the first member finds out how many there is room for
@@ -177,7 +161,7 @@ def _blockwise(attributor: Attributor, job: Job, k: int) -> Iterator[Block]:
     shared, n = attributor._shared(), attributor.n_train_
     size = min(_TESTS, max(1, MATRIX // (4 * n)))
     for first, last in batches.spans(len(job.dataset), size):
-        window = Window.part(job, first, last)
+        window = replace(job, first=first, last=last)
         attributor._products = Products(shared)
         mean = _mean(attributor, (last - first, n))
         for voter in attributor._voters:

@@ -4,8 +4,8 @@
 
 which converges where every eigenvalue of H + λI is below 2σ. What is left of a component with eigenvalue μ is
 multiplied by 1 - (μ + λ)/σ a step: small damping asks for many steps. σ is 0.55 × (λ_max + 2λ), λ_max by power
-iteration: a tenth above the middle of the eigenvalues, where both ends shrink alike. On samples, whose λ_max may be higher, it is
-1.1 × (λ_max + λ).
+iteration: a tenth above the middle of the eigenvalues, where both ends shrink alike. On samples, whose λ_max may be
+higher, it is 1.1 × (λ_max + λ).
 """
 
 from __future__ import annotations
