@@ -109,9 +109,9 @@ def made(method=byline.TRAK, ensemble=None, **options: Any):
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every number of a store."""
+    """Every number of a store; what a killed writer had not finished counts for nothing, and `gc` takes it away."""
     files = Store(folder).files
-    return {key: files.read(key) for key, _ in files.walk("arrays")}
+    return {key: files.read(key) for key, _ in files.walk("arrays") if not key.endswith(".tmp")}
 
 
 # what is refused

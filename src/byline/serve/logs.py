@@ -21,7 +21,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **{key: value for key, value in vars(record).items() if key not in _USUAL},
+            **{key: value for key, value in vars(record).items() if key not in _USUAL and key[0] != "_"},
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
