@@ -1,8 +1,10 @@
 """Put the figures of a run into a Markdown page, between its markers.
 
     python bench/tables.py runs/fashion-mlp/results.json README.md
+    python bench/tables.py runs/fashion-mlp/grid.json docs/grid.md --marker fashion-mlp
 
-Replaces what stands between `<!-- table:begin -->` and `<!-- table:end -->`, and between the `savings` markers.
+Replaces what stands between `<!-- table:begin -->` and `<!-- table:end -->`, and between the `savings` markers; of a
+grid, what stands between those of `--marker`.
 """
 
 from __future__ import annotations
@@ -72,14 +74,90 @@ def savings(result: dict[str, Any]) -> str:
     )
 
 
+def grid(result: dict[str, Any]) -> str:
+    """A table a measure: methods down, ensembles across; what each cost; where ensembles help and where they do not."""
+    cells = {(cell["method"], cell["ensemble"]): cell for cell in result["cells"]}
+    names = [ensemble["name"] for ensemble in result["ensembles"]]
+    head = ["| method | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    parts = []
+    for measure in result["measures"]:
+        lines = [f"**{measure['title']}.** {measure['says']}", "", *head]
+        for method in result["methods"]:
+            row = [_judged(cells[method["name"], name], measure["name"]) for name in names]
+            lines.append(f"| {method['title']} | {' | '.join(row)} |")
+        for line in result["baselines"]:
+            if line["measure"] == measure["name"]:
+                blank = " |" * (len(names) - 1)
+                lines.append(
+                    f"| *{line['title']}* ({human_flops(line['flops'])} of training) | {_figure(line)} |{blank}"
+                )
+        parts.append("\n".join(lines))
+    queries = result["setting"]["n_test"]
+    lines = [f"**Cost.** CPU seconds to fit + to score {queries} test examples, one thread.", "", *head]
+    for method in result["methods"]:
+        row = [_seconds(cells[method["name"], name], queries) for name in names]
+        lines.append(f"| {method['title']} | {' | '.join(row)} |")
+    training = [next(c for c in result["cells"] if c["ensemble"] == name and not c["refused"]) for name in names]
+    lines.append(
+        "| *training the models* | " + " | ".join(human_flops(c["training"]["flops"]) for c in training) + " |"
+    )
+    parts.append("\n".join(lines))
+    parts.append(_helped(result, cells))
+    bank = result["bank"]
+    parts.append(
+        f"{queries} test examples; ground truth of {bank['subsets']} random halves × {bank['seeds']} models, noise "
+        f"ceiling {bank['ceiling']:.2f}. – : the method refuses the ensemble, or is not measured there."
+    )
+    return "\n\n".join(parts)
+
+
+def _figure(figure: dict[str, Any]) -> str:
+    return f"{figure['mean']:.3f} ({figure['low']:.2f} to {figure['high']:.2f})"
+
+
+def _judged(cell: dict[str, Any], measure: str) -> str:
+    figure = cell["measures"].get(measure)
+    return _figure(figure) if figure and figure["mean"] is not None else "–"
+
+
+def _seconds(cell: dict[str, Any], queries: int) -> str:
+    if cell["refused"]:
+        return "–"
+    return f"{cell['fitting']['seconds']:.2g} + {cell['serving']['seconds'] * queries:.2g}"
+
+
+def _helped(result: dict[str, Any], cells: dict[tuple[str, str], Any]) -> str:
+    """Per ensemble, the methods whose LDS it moves beyond the intervals of one model's."""
+    lines = []
+    for ensemble in result["ensembles"]:
+        if ensemble["name"] == "independent 1":
+            continue
+        moved: dict[str, list[str]] = {"more": [], "no different": [], "less": []}
+        for method in result["methods"]:
+            one = cells[method["name"], "independent 1"]["measures"].get("lds")
+            here = cells[method["name"], ensemble["name"]]["measures"].get("lds")
+            if not one or not here or one["mean"] is None or method["name"] == "random":
+                continue
+            how = "more" if here["low"] > one["high"] else "less" if here["high"] < one["low"] else "no different"
+            moved[how].append(f"{method['title']} ({here['mean'] - one['mean']:+.2f})")
+        said = "; ".join(f"**{how}**: {', '.join(found)}" for how, found in moved.items() if found)
+        lines.append(f"- {ensemble['name']} – {said}")
+    return "LDS against one model's, beyond both intervals or not:\n\n" + "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("page", type=Path)
+    parser.add_argument("--marker", help="of a grid: what its markers in the page are called")
     options = parser.parse_args()
     result = json.loads(options.results.read_text())
     text = options.page.read_text()
-    for name, content in (("table", table(result)), ("savings", savings(result))):
+    if result.get("kind") == "grid":
+        parts = {options.marker or result["setting"]["name"]: grid(result)}
+    else:
+        parts = {"table": table(result), "savings": savings(result)}
+    for name, content in parts.items():
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
         text = re.sub(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.DOTALL)
     options.page.write_text(text)

@@ -113,3 +113,33 @@ def test_the_table_is_readable_at_any_width(width: int) -> None:
     for row in result["rows"]:
         assert any(row["name"].split()[0] in line and f"{row['lds']:.3f}" in line for line in text.splitlines())
     assert "≥ 98 % less" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--engine", "dask"], "no engine 'dask'; expected local or ray"),
+        (["--address", "auto"], "address is 'auto'; expected --engine ray with it"),
+    ],
+)
+def test_an_unknown_engine_is_refused(calls: list[dict[str, Any]], options: list[str], said: str) -> None:
+    for command in (["demo"], ["bench", "digits-mlp"]):
+        result = runner.invoke(cli.app, [*command, *options])
+        assert result.exit_code == 2
+        assert said in " ".join(result.output.replace("│", " ").split())
+    assert not calls
+
+
+def test_without_ray_the_extra_is_named(calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = runner.invoke(cli.app, ["demo", "--engine", "ray"])
+    assert result.exit_code == 1
+    assert "byline[ray]" in result.output
+    assert not calls
+
+
+def test_the_engine_reaches_the_comparison(calls: list[dict[str, Any]], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    result = runner.invoke(cli.app, ["demo", "--out", str(tmp_path), "--engine", "ray", "--address", "auto"])
+    assert result.exit_code == 0, result.output
+    assert calls[0]["engine"].address == "auto"

@@ -501,7 +501,7 @@ def smooth(model, batch):
 
 @pytest.mark.parametrize("normalization", [None, "relatif", "theta-relatif"])
 @pytest.mark.parametrize("loss", [None, smooth])
-@pytest.mark.parametrize("solver", ["ekfac", "explicit"])
+@pytest.mark.parametrize("solver", ["ekfac", "kfac", "datainf", "explicit"])
 def test_self_influence_is_the_diagonal(voters, solver, loss, normalization):
     """With a loss of its own the store holds ∇ℓ, and ∇f is taken again."""
     attributor = byline.Influence(

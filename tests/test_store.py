@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_equal_factors_are_kept_once(tmp_path):
             byline.Task(model), ensemble, store=tmp_path / str(masks), progress=False, batch_size=16
         ).fit(train)
         sizes.append(made.store.nbytes())
-        paths = {e["arrays"]["0.weight:right"] for e in made.store.manifest.features.values()}
+        paths = {e["arrays"]["0.weight:right"]["path"] for e in made.store.manifest.features.values()}
         assert len(paths) == 1
         folders = list((tmp_path / str(masks)).rglob("0.weight:right"))
         assert len(folders) == 1
@@ -214,38 +215,66 @@ def test_the_same_weights_in_another_form_find_the_store(tmp_path, calls):  # no
 
 
 def test_the_manifest_is_what_its_documentation_says(tmp_path):
-    made_for(tmp_path, features=byline.Factorized(8))
+    model = dropout_net()
+    made_for(tmp_path, model=model, features=byline.Factorized(8), batch_size=4)
     content = json.loads((tmp_path / "manifest.json").read_text())
-    assert set(content) == set(Manifest.__dataclass_fields__)
-    assert content["format"] == 1
+    assert set(content) == {*Manifest.__dataclass_fields__, "crc32c"}
+    assert content["format"] == 2
     assert content["byline"] == byline.__version__
     assert content["made_for"]["dataset"]["length"] == 9
-    assert content["made_for"]["features"] == {"kind": "factorized", "dim": 8, "basis": "random", "seed": 0}
-    ((identity, entry),) = content["features"].items()
-    assert set(entry) == {"arrays", "digests", "member"}
+    made = {"kind": "factorized", "dim": 8, "basis": "random", "seed": 0, "dtype": "float32"}
+    assert content["made_for"]["features"] == made
+    ((key, entry),) = content["features"].items()
     assert entry["member"] == "model 0"
-    for path in entry["arrays"].values():
-        assert (tmp_path / "arrays" / path / "zarr.json").is_file()
-    assert set(content["state"]) == {identity}
+    assert entry["identity"] == key.removesuffix("-output")
+    assert entry["weights"] == byline.Independent([model]).members()[0].weights.digest()
+    assert (entry["of"], entry["changes"], entry["dtype"]) == ("output", [], "float32")
+    assert (entry["examples"], entry["chunk"], entry["complete"]) == (9, 4, True)
+    rows = entry["arrays"]["rows"]
+    assert rows == {"path": f"features/{key}/rows", "shape": [9, 8], "chunks": [4, 8], "dtype": "float32"}
+    assert set(content["state"]) == {key}
     assert sorted(v.split("/")[0] for v in content["vectors"]) == ["output", "residual"]
+    assert all(v["complete"] and v["member"] == "model 0" for v in content["vectors"].values())
+    for array in (rows, *content["state"][key].values(), *content["vectors"].values()):
+        assert (tmp_path / "arrays" / array["path"] / "zarr.json").is_file()
+    documented = (Path(__file__).parent.parent / "docs" / "store.md").read_text()
+    for name in (*content, *entry, *rows):
+        assert f"`{name}`" in documented, name
 
 
-def test_arrays_are_zarr_v3_and_readable_without_byline(tmp_path):
+@pytest.mark.parametrize(
+    "features", [byline.Factorized(8), byline.Exact(), byline.Factorized(8, dtype="int8")], ids=repr
+)
+def test_arrays_are_zarr_v3_and_readable_without_byline(tmp_path, features):
     import zarr
 
-    made = made_for(tmp_path, features=byline.Factorized(8))
+    made = made_for(tmp_path, features=features, batch_size=4)
     group = zarr.open_group(tmp_path / "arrays", mode="r")
     assert group.metadata.zarr_format == 3
-    (entry,) = made.store.manifest.features.values()
-    assert group[entry["arrays"]["rows"]].shape == (9, 8)
+    ((key, entry),) = made.store.manifest.features.items()
+    stored = made.store.features(key)
+    for name, array in entry["arrays"].items():
+        found = group[array["path"]]
+        assert found.chunks == tuple(array["chunks"])
+        assert (found[:] == stored._arrays(0, 9)[name].numpy()).all()
+    for path in made.store.manifest.vectors:
+        assert (group[path][:] == made.store.vector(*path.split("/")).numpy()).all()
+    for name, value in made.store.state(key).items():
+        found = group[made.store.manifest.state[key][name]["path"]]
+        assert (found[:] == value.numpy()).all()
+        assert found.attrs["scalar"] == (value.ndim == 0)
+    assert {name for name, _ in group.groups()} == {"features", "output", "residual", "state"}
 
 
 def test_a_newer_format_and_a_broken_manifest_are_refused(tmp_path):
     made_for(tmp_path)
     file = tmp_path / "manifest.json"
     content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "format": 2}))
-    with pytest.raises(ValueError, match="has format 2; this byline reads up to 1"):
+    file.write_text(json.dumps({**content, "format": 3}))
+    with pytest.raises(ValueError, match="has format 3; this byline reads up to 2"):
+        made_for(tmp_path)
+    file.write_text(json.dumps({**content, "format": 1}))
+    with pytest.raises(ValueError, match="has format 1, of an earlier byline; this one reads format 2"):
         made_for(tmp_path)
     for broken in ("{", "[]", '{"format": "new"}', "{}"):
         file.write_text(broken)
@@ -256,35 +285,122 @@ def test_a_newer_format_and_a_broken_manifest_are_refused(tmp_path):
         Store(tmp_path / "file")
 
 
-def test_what_was_interrupted_is_computed_again(tmp_path, calls, monkeypatch):  # noqa: F811
-    from byline.store.store import Writer
-
+@pytest.mark.parametrize("features", FEATURES, ids=repr)
+@pytest.mark.parametrize("stop_at", [1, 2, 5, 8])
+def test_only_the_missing_chunks_of_an_interrupted_run_are_computed(tmp_path, calls, monkeypatch, features, stop_at):  # noqa: F811
     models = [dropout_net(s) for s in range(3)]
     train = data()
 
-    def fit():
-        return byline.GradDot(
-            byline.Task(models[0]), byline.Independent(models), store=tmp_path, batch_size=4, progress=False
+    def fit(store):
+        return byline.TRAK(
+            byline.Task(models[0]),
+            byline.Independent(models),
+            features=features,
+            damping=0.3,
+            store=store,
+            batch_size=4,
+            progress=False,
         ).fit(train)
 
-    append, count = Writer.append, []
+    write, count = Store.write, []
 
-    def failing(self, start, rows):
-        count.append(start)
-        if len(count) == 5:
+    def failing(self, *arguments):
+        count.append(1)
+        if len(count) == stop_at:
             raise KeyboardInterrupt
-        append(self, start, rows)
+        write(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Writer, "append", failing)
+        patch.setattr(Store, "write", failing)
         with pytest.raises(KeyboardInterrupt):
-            fit()
-    calls.clear()
-    resumed = fit()
-    # two of three members are left: 9 examples each, and one to learn from at most
-    assert sum(calls) <= 2 * 10
-    whole = byline.GradDot(byline.Task(models[0]), byline.Independent(models), batch_size=4, progress=False).fit(train)
-    assert (resumed.attribute(train).values == whole.attribute(train).values).all()
+            fit(tmp_path)
+    assert not (tmp_path / "lock").exists()
+    written = []
+    monkeypatch.setattr(
+        Store, "write", lambda self, key, index, *rest: written.append(1) or write(self, key, index, *rest)
+    )
+    resumed = fit(tmp_path)
+    # three chunks of each of three members, less those that were there
+    assert len(written) == 9 - (stop_at - 1)
+    whole = fit(None)
+    for a, b in ((resumed.attribute(train), whole.attribute(train)),):
+        assert (a.values == b.values).all()
+        assert (a.stderr == b.stderr).all()
+    assert not list(tmp_path.glob("progress/*"))
+
+
+def test_masks_side_by_side_are_resumed_with_the_same_bits(tmp_path, monkeypatch):
+    model, train = dropout_net(), data()
+
+    def fit(store):
+        ensemble = byline.Dropout(byline.Independent([model]), masks=3)
+        return byline.TRAK(byline.Task(model), ensemble, damping=0.3, store=store, batch_size=4, progress=False).fit(
+            train
+        )
+
+    put, count = Store._put_cell, []
+
+    def failing(self, *arguments):
+        count.append(1)
+        if len(count) == 50:
+            raise KeyboardInterrupt
+        put(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_put_cell", failing)
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path)
+    assert [len(Store(tmp_path).missing(file.stem)) for file in tmp_path.glob("progress/*")] != [3, 3, 3]
+    assert (fit(tmp_path).attribute(train).values == fit(None).attribute(train).values).all()
+
+
+class Ragged(torch.utils.data.Dataset):
+    """Sequences of several lengths, filled up within a batch."""
+
+    def __len__(self):
+        return 11
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return torch.randn(2 + (index * 5) % 9, 6, generator=generator), index % 3
+
+
+def padded(items):
+    longest = max(len(x) for x, _ in items)
+    x = torch.stack([torch.cat([x, x.new_zeros(longest - len(x), 6)]) for x, _ in items])
+    return x, torch.tensor([y for _, y in items])
+
+
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.a, self.b = nn.Linear(6, 30), nn.Linear(30, 3)
+
+    def forward(self, x):
+        mask = x.abs().sum(-1, keepdim=True) > 0
+        return self.b((torch.tanh(self.a(x)) * mask).sum(1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_sequences_of_several_lengths_are_kept_whole(tmp_path, dtype):
+    model, found = Pooled().eval(), []
+    for store, size in ((tmp_path / "a", 3), (None, 3), (tmp_path / "b", 11)):
+        made = byline.GradDot(
+            byline.Task(model),
+            byline.Independent([model]),
+            features=byline.Exact(dtype=dtype),
+            store=store,
+            batch_size=size,
+            collate=padded,
+            progress=False,
+        ).fit(Ragged())
+        found.append(made.attribute(Ragged()).values)
+        if dtype == "float32" and store is not None:
+            (entry,) = made.store.manifest.features.values()
+            assert entry["arrays"]["a.weight:left"]["shape"][2] >= 10
+    assert (found[0] == found[1]).all()
+    np.testing.assert_allclose(found[0], found[2], rtol=1e-4, atol=1e-5 * np.abs(found[2]).max())
 
 
 def test_a_flipped_bit_is_noticed(tmp_path):

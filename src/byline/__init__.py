@@ -5,6 +5,7 @@ run. Importing byline touches neither the network nor the disk.
 """
 
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
 
 from byline.ensembles import Dropout, Ensemble, Independent, LoRA, Trajectory, WeightNoise, train_lora
 from byline.evaluate.detection import class_detection, subclass_detection
@@ -30,9 +31,12 @@ from byline.methods import (
     TracIn,
     TrackStar,
 )
-from byline.scores import Scores
+from byline.scores import Ranking, Scores
 from byline.task import Task
 from byline.training import Recipe, Trainer, train_many
+
+if TYPE_CHECKING:
+    from byline.serve.client import Client
 
 __version__ = _version("byline")
 
@@ -40,6 +44,7 @@ __all__ = [
     "LDS",
     "TRAK",
     "Bank",
+    "Client",
     "DVEmb",
     "Dense",
     "Dropout",
@@ -56,6 +61,7 @@ __all__ = [
     "Measure",
     "Nystrom",
     "Random",
+    "Ranking",
     "Recipe",
     "RepresentationSimilarity",
     "RepresenterPoints",
@@ -80,3 +86,16 @@ __all__ = [
     "train_lora",
     "train_many",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # what most users never need is not imported for all
+    if name == "Client":
+        from byline.serve.client import Client
+
+        return Client
+    if name == "serve":
+        import byline.serve
+
+        return byline.serve
+    raise AttributeError(f"module 'byline' has no attribute {name!r}")

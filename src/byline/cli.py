@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from byline.cli_store import store_app
+
 app = typer.Typer(
     name="byline",
     help="Which training examples made a model say that, and how sure are we?",
@@ -25,6 +27,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="The data of the named benchmarks.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(store_app, name="store")
 
 _debug = False
 
@@ -46,14 +49,23 @@ def _options(
 
 Out = Annotated[Path | None, typer.Option(help="Folder for everything that is made; runs resume in it.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Few rows, a small bank: a check, not a measurement.")]
+OnEngine = Annotated[str | None, typer.Option("--engine", help="Where to work: local (this process) or ray.")]
+Address = Annotated[str | None, typer.Option(help="A Ray cluster to join with --engine ray, such as auto.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else, to stdout.")]
 
 
 @app.command(epilog="Example:  byline demo --quick --out runs/first")
-def demo(out: Out = Path("runs/demo"), quick: Quick = False, as_json: AsJson = False) -> None:
+def demo(
+    out: Out = Path("runs/demo"),
+    quick: Quick = False,
+    as_json: AsJson = False,
+    engine: OnEngine = None,
+    address: Address = None,
+) -> None:
     """Train, attribute, retrain and compare on handwritten digits: needs no data and no network."""
     command = ["byline", "demo", *(["--quick"] if quick else []), "--out", str(out)]
-    _compare("digits-mlp", out or Path("runs/demo"), quick, as_json, command)
+    where = _where_to_work(engine, address)
+    _compare("digits-mlp", out or Path("runs/demo"), quick, as_json, command, engine=where)
 
 
 @app.command(epilog="Example:  byline bench fashion-mlp --methods trak,grad-cos --ensembles independent-5,dropout-1x10")
@@ -67,7 +79,9 @@ def bench(
         Path | None, typer.Option("--data", help="Folder of IDX (MNIST's format) or CIFAR-10 binary files to use.")
     ] = None,
     width: Annotated[int | None, typer.Option(help="Width of a ResNet's first layer; 64 is the paper's.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Methods, by comma, or all: see `byline methods`.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods, by comma, or all but the dear ones: see `byline methods`.")
+    ] = None,
     ensembles: Annotated[
         str | None, typer.Option(help="Ensembles, by comma: independent-5, dropout-1x10:p=0.5, lora-1x4, noise-1x10 …")
     ] = None,
@@ -75,6 +89,8 @@ def bench(
         str | None, typer.Option(help="Measures, by comma: lds, mislabel, class, overlap, loo, removal, brittleness.")
     ] = None,
     queries: Annotated[int | None, typer.Option(help="How many test examples; all when left out.")] = None,
+    engine: OnEngine = None,
+    address: Address = None,
 ) -> None:
     """Compare ensembles on a benchmark; with --methods or --ensembles, methods × ensembles by every measure.
 
@@ -90,6 +106,7 @@ def bench(
         known = ", ".join(settings.names())
         problem = "name a setting" if setting is None else f"no setting {setting!r}"
         raise typer.BadParameter(f"{problem}; there are {known}", param_hint="SETTING")
+    where = _where_to_work(engine, address)
     folder = out or Path("runs") / setting
     options = [
         *(["--quick"] if quick else []),
@@ -101,7 +118,7 @@ def bench(
     command = ["byline", "bench", setting, *options]
     asked = {"--methods": methods, "--ensembles": ensembles, "--measures": measures, "--queries": queries}
     if all(value is None for value in asked.values()):
-        _compare(setting, folder, quick, as_json, command, data, width)
+        _compare(setting, folder, quick, as_json, command, data, width, engine=where)
         return
     command += [part for name, value in asked.items() if value is not None for part in (name, str(value))]
     names = {
@@ -110,7 +127,37 @@ def bench(
         "measures": _names(measures),
         "queries": queries,
     }
-    _compare(setting, folder, quick, as_json, command, data, width, names)
+    _compare(setting, folder, quick, as_json, command, data, width, names, where)
+
+
+@app.command(epilog="Example:  byline serve runs/x --task my_project:served")
+def serve(
+    store: Annotated[Path, typer.Argument(help="Folder of the store; what it lacks is computed first.")],
+    task: Annotated[str, typer.Option(help="module:object, a byline.serve.Served or a function that returns one.")],
+    host: Annotated[str, typer.Option(help="Where to listen; others than localhost need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    token: Annotated[
+        str | None, typer.Option(help="Bearer token that requests need.", envvar="BYLINE_TOKEN", show_envvar=True)
+    ] = None,
+    rows: Annotated[
+        str, typer.Option(help="Training rows in memory as float32, float16 or int8; store leaves them; or auto.")
+    ] = "auto",
+    max_batch: Annotated[int, typer.Option(help="Examples of a request.", min=1)] = 64,
+    max_k: Annotated[int, typer.Option(help="Proponents and opponents per example.", min=1)] = 100,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request.", min=1024)] = 16 * 2**20,
+    max_queue: Annotated[int, typer.Option(help="Examples that may wait.", min=1)] = 256,
+    timeout: Annotated[float, typer.Option(help="Seconds for an answer.", min=0.1)] = 30.0,
+) -> None:
+    """Answer over HTTP: POST an example, get its proponents and opponents. Needs the extra: byline[serve]."""
+    with _one_sentence():
+        try:
+            from byline.serve import Limits, logs
+            from byline.serve.server import serve as run
+        except ImportError as error:
+            raise ValueError(str(error)) from None
+        logs.configure()
+        limits = Limits(body=max_body, batch=max_batch, k=max_k, queue=max_queue, seconds=timeout)
+        run(store, task, host=host, port=port, token=token, rows=rows, limits=limits)
 
 
 @app.command("methods", epilog="Example:  byline methods --json")
@@ -122,6 +169,20 @@ def list_methods(as_json: AsJson = False) -> None:
         typer.echo(json.dumps([info.to_dict() for info in methods()], ensure_ascii=False))
         return
     _list({info.name: f"{info.title}: {info.description} ({info.citation})" for info in methods()}, False)
+
+
+def _where_to_work(engine: str | None, address: str | None) -> Any:
+    """The engine of --engine and --address."""
+    if engine in (None, "local") and address is None:
+        return None
+    if engine != "ray":
+        problem = f"address is {address!r}" if engine in (None, "local") else f"no engine {engine!r}"
+        expected = "--engine ray with it" if engine in (None, "local") else "local or ray"
+        raise typer.BadParameter(f"{problem}; expected {expected}", param_hint="--engine")
+    with _one_sentence():
+        from byline.engines import Ray
+
+        return Ray(address=address)
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -189,6 +250,7 @@ def _compare(
     data: Path | None = None,
     width: int | None = None,
     grid: Mapping[str, Any] | None = None,
+    engine: Any = None,
 ) -> None:
     """What demo and bench share: run, write the report, show the table."""
     console = Console(stderr=as_json)
@@ -207,6 +269,7 @@ def _compare(
             command=shlex.join(command),
             tell=lambda sentence: console.print(f"[dim]{escape(sentence)}[/dim]", highlight=False),
             progress=sys.stderr.isatty() and sys.stdout.isatty(),
+            **({} if engine is None else {"engine": engine}),
             **(grid or {}),
         )
         path = report.build(result, out / ("report.html" if grid is None else "grid.html"))
@@ -235,7 +298,7 @@ def _one_sentence() -> Iterator[None]:
     """A user's mistake is one red sentence and exit code 1, not a traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if _debug:
             raise
         Console(stderr=True).print(f"[red]{escape(str(error))}[/red]", highlight=False, soft_wrap=True)

@@ -100,6 +100,23 @@ class Top(Sequence[TopRow]):
         return "\n".join(lines)
 
 
+class Ranking(Top):
+    """A `Top` that was found without a matrix of scores, and how it came about.
+
+    Attributes:
+        info: as that of `Scores`.
+        n_train: number of training examples.
+    """
+
+    def __init__(self, proponents: Ranked, opponents: Ranked, info: dict[str, Any], n_train: int):
+        super().__init__(proponents, opponents)
+        self.info, self.n_train = dict(info), n_train
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Long form: test, train, score, stderr; the proponents of a test example, then its opponents."""
+        return _dataframe(self)
+
+
 class Scores:
     """A matrix of scores with its standard errors. Positive: training on it pushes the test output up.
 
@@ -129,9 +146,8 @@ class Scores:
         Raises:
             ValueError: ``k`` is no int from 1 to n_train.
         """
-        if not isinstance(k, int | np.integer) or not 1 <= k <= self.shape[1]:
-            raise ValueError(f"k is {k!r}; expected an int from 1 to the {self.shape[1]} training examples")
-        return Top(self._ranked(int(k), -1), self._ranked(int(k), 1))
+        k = check_k(k, self.shape[1])
+        return Top(self._ranked(k, -1), self._ranked(k, 1))
 
     def _ranked(self, k: int, sign: int) -> Ranked:
         n_test, n_train = self.shape
@@ -160,12 +176,7 @@ class Scores:
             test, train = np.divmod(np.arange(n_test * n_train), n_train)
             values, stderr = self.values.ravel(), self.stderr.ravel()
         else:
-            top = self.top(k)
-            parts = [top.proponents, top.opponents]
-            train = np.concatenate([p.indices for p in parts], 1).ravel()
-            values = np.concatenate([p.scores for p in parts], 1).ravel()
-            stderr = np.concatenate([p.stderr for p in parts], 1).ravel()
-            test = np.repeat(np.arange(n_test), 2 * k)
+            return _dataframe(self.top(k))
         return pd.DataFrame({"test": test, "train": train, "score": values, "stderr": stderr})
 
     def save(self, path: str | Path) -> None:
@@ -205,6 +216,24 @@ class Scores:
         error = np.nanmedian(self.stderr[: min(64, len(self.stderr))]) if self.info.get("members", 1) > 1 else np.nan
         sure = "" if np.isnan(error) else f", median stderr {error:.3g}"
         return f"Scores({self.shape[0]} test × {self.shape[1]} train{sure}{'; ' + how if how else ''})"
+
+
+def check_k(k: Any, n_train: int) -> int:
+    """How many of the strongest: an int from 1 to n_train."""
+    if not isinstance(k, int | np.integer) or isinstance(k, bool) or not 1 <= k <= n_train:
+        raise ValueError(f"k is {k!r}; expected an int from 1 to the {n_train} training examples")
+    return int(k)
+
+
+def _dataframe(top: Top) -> pd.DataFrame:
+    import pandas as pd
+
+    parts = [top.proponents, top.opponents]
+    columns = {
+        name: np.concatenate([getattr(part, field) for part in parts], 1).ravel()
+        for name, field in (("train", "indices"), ("score", "scores"), ("stderr", "stderr"))
+    }
+    return pd.DataFrame({"test": np.repeat(np.arange(len(top)), 2 * top.indices.shape[1]), **columns})
 
 
 def _matrix(values: Any, name: str) -> Array:

@@ -1,18 +1,26 @@
-"""Work in this process: features and residuals of members, batch by batch, into a store."""
+"""Features and residuals of members, batch by batch, into a store.
+
+The work is cut into units: `plan` says which chunks the store lacks, `do` computes the chunks of one unit and writes
+them, and `finish` counts as complete what all chunks of are there. `do` touches no manifest, so that units may be done
+anywhere and in any order, those that learn or declare before the others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from byline import batches
+from byline.engines.base import HERE, Engine, Work
 from byline.engines.workbench import Active, Collate, Workbench, naming
 from byline.ensembles.base import Member
 from byline.ensembles.dropout import MaskChange
@@ -21,12 +29,14 @@ from byline.features.blocks import Block, Flat, Lookup, Outer
 from byline.features.capture import Capture
 from byline.features.layers import is_finite
 from byline.ledger import Ledger, count_flops
-from byline.progress import bar
+from byline.progress import Advance, bar
 from byline.store import Store
+from byline.store.quantize import encode
 from byline.task import Task
 
 # side by side, masks share the overhead of each operation; beyond this many rows there is none left to share
 _TILED_ROWS = 1024
+_PIECES = 16  # per process
 
 
 @dataclass
@@ -44,6 +54,10 @@ class Job:
     collate: Collate = default_collate
     ledger: Ledger | None = None
     progress: bool = True
+    first: int = 0
+    """A part of the dataset begins here."""
+    last: int | None = None
+    """It ends here; None for the end of the dataset."""
 
     def batch(self, start: int, stop: int, device: torch.device) -> Any:
         """Examples on the device."""
@@ -56,30 +70,271 @@ class Job:
         return batches.to(found, device)
 
     def spans(self) -> list[tuple[int, int]]:
-        """The batches."""
-        return batches.spans(len(self.dataset), self.batch_size)
+        """The batches of the dataset, or of the part of it."""
+        last = len(self.dataset) if self.last is None else self.last
+        return [(self.first + a, self.first + b) for a, b in batches.spans(last - self.first, self.batch_size)]
+
+    def key(self, member: Member) -> str:
+        """The store's name for a member's gradients."""
+        return member_key(member.identity("gradient"), self.of)
 
 
-def write_features(job: Job, members: Sequence[Member], store: Store, bench: Workbench) -> None:
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work on one member, or on several whose masks run side by side.
+
+    Kinds: ``"learn"`` what a member's rows depend on, ``"rows"`` of the members, and for members whose gradients are
+    another's (forward-only) ``"declare"`` and ``"residual"``.
+    """
+
+    kind: str
+    members: tuple[Member, ...]
+    chunk: int
+    """Examples per chunk."""
+    missing: tuple[tuple[int, ...], ...] = ()
+    """The chunks that each member lacks."""
+    share: float = 1.0
+    """What its FLOPs are multiplied by: of a unit that was split, the first part stands for all."""
+
+    @property
+    def chunks(self) -> list[int]:
+        """The chunks that at least one member lacks."""
+        return sorted(set().union(*self.missing))
+
+    @property
+    def steps(self) -> int:
+        """Chunks times members."""
+        return len(self.chunks) * len(self.members)
+
+    def split(self, most: int, length: int) -> list[Unit]:
+        """The same work on a dataset of this length, in units of at most ``most`` chunks, in order."""
+        chunks = self.chunks
+        parts = [chunks[i : i + most] for i in range(0, len(chunks), most)]
+        if len(parts) < 2:
+            return [self]
+        rows = [sum(min((c + 1) * self.chunk, length) - c * self.chunk for c in part) for part in parts]
+        shares = [sum(rows) / rows[0], *(0.0 for _ in rows[1:])]
+        return [self.narrowed(part, share) for part, share in zip(map(set, parts), shares, strict=True)]
+
+    def narrowed(self, chunks: set[int], share: float = 1.0) -> Unit:
+        """The same work on these chunks alone."""
+        return replace(self, missing=tuple(tuple(c for c in m if c in chunks) for m in self.missing), share=share)
+
+
+@dataclass
+class Plan:
+    """What a store lacks, in an order in which it can be done."""
+
+    units: list[Unit] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    """Members that `finish` counts as complete."""
+    vectors: list[tuple[str, str]] = field(default_factory=list)
+    """Residuals of members without gradients of their own, likewise."""
+
+    def __bool__(self) -> bool:
+        return bool(self.units or self.keys or self.vectors)
+
+    def stages(self, length: int, processes: int) -> list[list[Unit]]:
+        """The units in an order in which they can be done, those of a stage in any order.
+
+        Args:
+            length: examples in the dataset.
+            processes: how many other processes share the work; 0 for none.
+        """
+        if not processes:
+            return [self.units]
+        first = [unit for unit in self.units if unit.kind in ("learn", "declare")]
+        others = [unit for unit in self.units if unit.kind not in ("learn", "declare")]
+        # small enough for all to end at about the same time, large enough for a member's model to pay
+        most = max(1, -(-sum(len(unit.chunks) for unit in others) // (_PIECES * processes)))
+        return [first, [part for unit in others for part in unit.split(most, length)]]
+
+
+class Writing(Work):
+    """The units of a plan as pieces of work.
+
+    Args:
+        job: what is computed.
+        members: of all the units.
+        store: where to.
+        bench: of this process; others make their own.
+    """
+
+    what = "the task, the ensemble and the training set"
+
+    def __init__(self, job: Job, members: Sequence[Member], store: Store, bench: Workbench):
+        self.job, self.members, self.store, self.bench = job, list(members), store, bench
+        self._places = {id(member): place for place, member in enumerate(self.members)}
+
+    def do(self, piece: Unit, advance: Advance) -> float:
+        """`do` a unit; returns its FLOPs."""
+        job = self.job if piece.share else replace(self.job, ledger=None)
+        return do(job, piece, self.store, self.bench, advance) * piece.share
+
+    def steps(self, piece: Unit) -> float:
+        """Chunks times members."""
+        return piece.steps
+
+    def left(self, piece: Unit) -> Unit | None:
+        """The chunks that the store still lacks."""
+        if piece.kind in ("learn", "declare"):
+            return piece
+        if piece.kind == "residual":
+            lacking = [self.store.missing_vector("residual", piece.members[0].identity("residual"))]
+        else:
+            lacking = [self.store.missing(self.job.key(member)) for member in piece.members]
+        missing = tuple(
+            own if lack is None else tuple(c for c in own if c in lack)
+            for own, lack in zip(piece.missing, lacking, strict=True)
+        )
+        rest = replace(piece, missing=missing)
+        return rest if rest.chunks else None
+
+    def pack(self, piece: Unit) -> tuple[Unit, list[int]]:
+        """Members by their places: their weights are sent once."""
+        return replace(piece, members=()), [self._places[id(member)] for member in piece.members]
+
+    def unpack(self, packed: tuple[Unit, list[int]]) -> Unit:
+        """Members from their places."""
+        unit, places = packed
+        return replace(unit, members=tuple(self.members[place] for place in places))
+
+    def credit(self, seconds: float) -> None:
+        """For the ledger."""
+        if self.job.ledger is not None:
+            self.job.ledger.add_seconds("fitting", seconds, wall=0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        ledger = None if self.job.ledger is None else Ledger()
+        return {
+            "job": replace(self.job, ledger=ledger, progress=False),
+            "members": self.members,
+            "place": shared_place(self.store),
+            "device": shared_device(self.bench.device),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        job = state["job"]
+        bench = Workbench(job.task, job.dataset, job.collate, state["device"])
+        self.__init__(job, state["members"], Store(state["place"], worker=True), bench)  # type: ignore[misc]
+
+
+def shared_place(store: Store) -> str | None:
+    """What opens a store in a process that may run in another folder."""
+    return store.place if store.path is None else os.path.abspath(store.path)
+
+
+def shared_device(device: torch.device) -> str:
+    """The kind of a device: each process sees those that are its own."""
+    return device.type
+
+
+def write_features(job: Job, members: Sequence[Member], store: Store, bench: Workbench, engine: Engine = HERE) -> None:
     """Compute what the store lacks: features, outputs and residuals of every member, each distinct one once."""
-    distinct = {m.identity("gradient"): m for m in reversed(members)}
-    missing = [m for i, m in reversed(distinct.items()) if store.features(_key(job, i)) is None]
-    found = [m for m in distinct.values() if m not in missing]
-    if found:
-        _verify(job, found[-1], store, bench)
-    groups = _groups(missing, job, bench)
-    with bar(len(missing) * len(job.spans()), "features", job.progress) as advance:
-        for group in groups:
-            _write_group(job, group, store, bench, advance)
-    _write_residuals(job, members, store, bench)
-
-
-def _verify(job: Job, member: Member, store: Store, bench: Workbench) -> None:
-    """Refuse a store whose numbers the model no longer gives: its code can change without a trace in its structure."""
-    kept = store.vector(job.of, member.identity("gradient"))
-    if kept is None:
+    verify(job, members, store, bench)
+    if not plan(job, members, store):
         return
-    size = min(8, len(job.dataset))
+    with store.writing():
+        # with the lock the manifest has been read again
+        found = plan(job, members, store)
+        stages = found.stages(len(job.dataset), engine.processes())
+        with bar(sum(unit.steps for unit in found.units), "features", job.progress) as advance:
+            work = Writing(job, members, store, bench)
+            engine.run(work, stages, lambda place, flops: charge(job, flops or 0.0), advance)
+        finish(found, store)
+
+
+def plan(job: Job, members: Sequence[Member], store: Store) -> Plan:
+    """What the store lacks of these members."""
+    n, found = len(job.dataset), Plan()
+    distinct = {m.identity("gradient"): m for m in reversed(members)}
+    pending = [m for m in reversed(distinct.values()) if not store.complete(job.key(m))]
+    found.keys = [job.key(m) for m in pending]
+    for group in _groups(pending, job, store):
+        chunk = store.chunk(job.key(group[0])) or min(job.batch_size, n)
+        lacking = [store.missing(job.key(m)) for m in group]
+        found.units += [Unit("learn", (m,), chunk) for m, lack in zip(group, lacking, strict=True) if lack is None]
+        every = tuple(range(-(-n // chunk)))
+        unit = Unit("rows", tuple(group), chunk, tuple(every if lack is None else tuple(lack) for lack in lacking))
+        found.units += [unit] if unit.chunks else []
+    own = {m.identity("gradient") for m in pending}
+    rest = {m.identity("residual"): m for m in reversed(members)}
+    for identity, member in reversed(rest.items()):
+        if identity in own or store.has_vector("residual", identity):
+            continue
+        found.vectors.append(("residual", identity))
+        chunk = store.vector_chunk("residual", identity) or min(job.batch_size, n)
+        lack = store.missing_vector("residual", identity)
+        if lack is None:
+            found.units.append(Unit("declare", (member,), chunk))
+            lack = list(range(-(-n // chunk)))
+        found.units += [Unit("residual", (member,), chunk, (tuple(lack),))] if lack else []
+    return found
+
+
+def do(job: Job, unit: Unit, store: Store, bench: Workbench, advance: Advance | None = None) -> float:
+    """Compute a unit and write its chunks.
+
+    Args:
+        job: what is computed.
+        unit: of a plan for this job.
+        store: where to; one opened with ``worker=True`` where another process has the lock.
+        bench: a model of the job's task, of this process.
+        advance: is told of each chunk.
+
+    Returns:
+        the FLOPs it took, as far as they are counted; 0 without a ledger.
+    """
+    with store.session():
+        return _do(job, unit, store, bench, advance or (lambda steps=1, doing=None: None))
+
+
+def _do(job: Job, unit: Unit, store: Store, bench: Workbench, advance: Advance) -> float:
+    member = unit.members[0]
+    if unit.kind == "learn":
+        _learn(job, member, unit.chunk, store, bench)
+        return 0.0
+    if unit.kind == "declare":
+        store.begin_vector("residual", member.identity("residual"), member.name, len(job.dataset), unit.chunk)
+        return 0.0
+    if unit.kind == "residual":
+        return _write_residuals(job, unit, store, bench, advance)
+    with bench.active(member, "gradient") as alone:
+        if len(unit.members) == 1:
+            return _write(job, unit, alone, store, bench, advance)
+        tiled = alone.tiles and alone.capture(job.of).fast
+    if tiled:
+        with bench.active(member, "gradient", beside=unit.members[1:]) as active:
+            return _write(job, unit, active, store, bench, advance)
+    flops = 0.0
+    for one, missing in zip(unit.members, unit.missing, strict=True):
+        with bench.active(one, "gradient") as active:
+            part = replace(unit, members=(one,), missing=(missing,))
+            flops += _write(job, part, active, store, bench, advance)
+    return flops
+
+
+def finish(found: Plan, store: Store) -> None:
+    """Count as complete what a plan was for, once all its units are done."""
+    with store.writing():
+        store.finish(found.keys, found.vectors)
+
+
+def charge(job: Job, flops: float) -> None:
+    """Tell the ledger what a unit took."""
+    if job.ledger is not None and flops:
+        job.ledger.add_flops("fitting", flops)
+
+
+def verify(job: Job, members: Sequence[Member], store: Store, bench: Workbench) -> None:
+    """Refuse a store whose numbers the model no longer gives: its code can change without a trace in its structure."""
+    for member in reversed(members):
+        kept = store.first_outputs(job.key(member))
+        if kept is not None:
+            break
+    else:
+        return
+    size = min(8, len(kept))
     batch = job.batch(0, size, bench.device)
     with bench.active(member, "gradient") as active, torch.no_grad(), naming(job.name, range(size)):
         value = job.task.differentiate(active.model, batch, job.of)[0].cpu().to(kept.dtype)
@@ -87,7 +342,7 @@ def _verify(job: Job, member: Member, store: Store, bench: Workbench) -> None:
     if len(odd):
         i = int(odd[0, 0])
         raise ValueError(
-            f"store {store.path or 'in memory'} was made by another model or collate: the {job.of} of "
+            f"store {store.place or 'in memory'} was made by another model or collate: the {job.of} of "
             f"{job.name}[{i}] is {float(value[i]):.6g} here and {float(kept[i]):.6g} in the store. Use another folder, "
             "or delete this one"
         )
@@ -98,11 +353,7 @@ def member_key(identity: str, of: str) -> str:
     return f"{identity}-{of}"
 
 
-def _key(job: Job, identity: str) -> str:
-    return member_key(identity, job.of)
-
-
-def _groups(members: Sequence[Member], job: Job, bench: Workbench) -> list[list[Member]]:
+def _groups(members: Sequence[Member], job: Job, store: Store) -> list[list[Member]]:
     """Members that differ in the mask alone run side by side, where a batch is small enough for that to pay."""
     room = max(1, _TILED_ROWS // min(job.batch_size, len(job.dataset)))
     groups: list[list[Member]] = []
@@ -113,7 +364,8 @@ def _groups(members: Sequence[Member], job: Job, bench: Workbench) -> list[list[
         if chain and isinstance(chain[-1], MaskChange) and not any(isinstance(c, MaskChange) for c in chain[:-1]):
             mask = chain[-1]
             before = [str(change.spec()) for change in chain[:-1]]
-            signature = (member.weights.digest(), *before, mask.seed, mask.model_index, mask.p)
+            own = store.chunk(job.key(member)) or min(job.batch_size, len(job.dataset))
+            signature = (member.weights.digest(), *before, mask.seed, mask.model_index, mask.p, own)
         if signature is not None and signature == previous and len(groups[-1]) < room:
             groups[-1].append(member)
         else:
@@ -122,54 +374,88 @@ def _groups(members: Sequence[Member], job: Job, bench: Workbench) -> list[list[
     return groups
 
 
-def _write_group(job: Job, group: list[Member], store: Store, bench: Workbench, advance: Callable[..., None]) -> None:
-    states = [learn(job, member, store, bench) for member in group]
-    with bench.active(group[0], "gradient") as alone:
-        tiled = len(group) > 1 and alone.tiles and alone.capture(job.of).fast
-    if not tiled:
-        for member, state in zip(group, states, strict=True):
-            with bench.active(member, "gradient") as active:
-                _write(job, [member], [state], active, store, bench, advance)
-        return
-    with bench.active(group[0], "gradient", beside=group[1:]) as active:
-        _write(job, group, states, active, store, bench, advance)
+def _learn(job: Job, member: Member, chunk: int, store: Store, bench: Workbench) -> None:
+    """What the features learn from the training set for a member, and the form of its rows."""
+    n = len(job.dataset)
+    seen: list[dict[str, Block]] = []
+
+    def passes(indices: list[int] | None) -> Iterator[dict[str, Block]]:
+        with bench.active(member, "gradient") as active:
+            capture = active.capture(job.of)
+            chosen = list(range(n)) if indices is None else indices
+            for start, stop in batches.spans(len(chosen), job.batch_size):
+                part = chosen[start:stop]
+                batch = batches.to(batches.gather(job.dataset, part, job.collate), bench.device)
+                blocks = _checked(job, capture, batch, part)[2]
+                if not seen:
+                    seen.append({name: _cut(block, 0, 1) for name, block in blocks.items()})
+                yield blocks
+
+    state = job.features.learn(passes, n)
+    if not seen:
+        next(iter(passes([0])))
+    about = {
+        "member": member.name,
+        "identity": member.identity("gradient"),
+        "of": job.of,
+        "weights": member.weights.digest(),
+        "changes": [change.spec() for change in member.chain("gradient")],
+        "dtype": job.features.dtype,
+        "examples": n,
+    }
+    store.begin(job.key(member), about, chunk, state, encode(job.features.rows(seen[0], state), job.features.dtype))
 
 
-def _write(
-    job: Job,
-    group: list[Member],
-    states: list[State],
-    active: Active,
-    store: Store,
-    bench: Workbench,
-    advance: Callable[..., None],
-) -> None:
-    n, copies = len(job.dataset), len(group)
-    values, residuals = torch.empty(copies, n), torch.empty(copies, n)
-    keys = [_key(job, m.identity("gradient")) for m in group]
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(store.writing(k, m.name, n, job.batch_size)) for k, m in zip(keys, group, strict=True)
-        ]
-        capture = active.capture(job.of)
-        for start, stop in job.spans():
-            batch = job.batch(start, stop, bench.device)
-            size = stop - start
+def _write(job: Job, unit: Unit, active: Active, store: Store, bench: Workbench, advance: Advance) -> float:
+    """The rows of a unit's members, which are on the workbench side by side."""
+    copies = len(unit.members)
+    keys = [job.key(member) for member in unit.members]
+    states = [store.state(key) or {} for key in keys]
+    capture, flops = active.capture(job.of), 0.0
+    doing = f"features of {unit.members[0].name}" + (f" and {copies - 1} more" if copies > 1 else "")
+    chunks = unit.chunks
+    for index in chunks:
+        low, high = _range(job, unit, index)
+        parts: list[list[dict[str, np.ndarray]]] = [[] for _ in unit.members]
+        values, residuals = torch.empty(copies, high - low), torch.empty(copies, high - low)
+        # one batch, unless the store was begun with larger ones
+        for start, stop in batches.spans(high - low, job.batch_size):
+            batch, size = job.batch(low + start, low + stop, bench.device), stop - start
             if copies > 1:
                 batch = batches.tile(batch, copies)
-            value, residual, blocks = _checked(job, capture, batch, range(start, stop))
-            if start == 0 and job.ledger is not None:
-                job.ledger.add_flops("fitting", _row_flops(job, capture, batch, states[0]) * n / size)
+            value, residual, blocks = _checked(job, capture, batch, range(low + start, low + stop))
+            if job.ledger is not None and not flops:
+                rows = sum(high - low for low, high in (_range(job, unit, i) for i in chunks))
+                flops = _row_flops(job, capture, batch, states[0]) * rows / size
             values[:, start:stop] = value.view(copies, size)
             residuals[:, start:stop] = residual.view(copies, size)
-            for copy, (writer, state) in enumerate(zip(writers, states, strict=True)):
+            for copy, state in enumerate(states):
+                if index not in unit.missing[copy]:
+                    continue
                 own = blocks if copies == 1 else {k: _cut(b, copy * size, size) for k, b in blocks.items()}
-                writer.append(start, job.features.rows(own, state))
-            advance(copies, f"features of {group[0].name}" + (f" and {copies - 1} more" if copies > 1 else ""))
-    for copy, member in enumerate(group):
-        identity = member.identity("gradient")
-        store.put_vector("residual", identity, residuals[copy], member.name, flush=False)
-        store.put_vector(job.of, identity, values[copy], member.name)
+                parts[copy].append(encode(job.features.rows(own, state), job.features.dtype))
+        for copy, key in enumerate(keys):
+            if parts[copy]:
+                store.write(key, index, _joined(parts[copy]), values[copy], residuals[copy])
+        advance(copies, doing)
+    return flops
+
+
+def _range(job: Job, unit: Unit, index: int) -> tuple[int, int]:
+    return index * unit.chunk, min((index + 1) * unit.chunk, len(job.dataset))
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The rows of a chunk that took several batches; positions are filled up with zeros to the longest."""
+    if len(parts) == 1:
+        return parts[0]
+    out = {}
+    for name in parts[0]:
+        arrays = [part[name] for part in parts]
+        form = tuple(map(max, zip(*(a.shape[1:] for a in arrays), strict=True)))
+        pads = [[(0, 0), *((0, f - s) for f, s in zip(form, a.shape[1:], strict=True))] for a in arrays]
+        out[name] = np.concatenate([np.pad(a, pad) for a, pad in zip(arrays, pads, strict=True)])
+    return out
 
 
 def _checked(job: Job, capture: Capture, batch: Any, indices: Sequence[int]) -> tuple[Tensor, Tensor, dict[str, Block]]:
@@ -204,49 +490,29 @@ def _cut(block: Block, start: int, size: int) -> Block:
     return Outer(block.params, block.left[place], block.right[place])
 
 
-def learn(job: Job, member: Member, store: Store, bench: Workbench) -> State:
-    """What the features learn from the training set for a member, from the store if it is there."""
-    key = _key(job, member.identity("gradient"))
-    found = store.state(key)
-    if found is not None:
-        return found
-    n = len(job.dataset)
-
-    def passes(indices: list[int] | None) -> Iterator[dict[str, Block]]:
-        with bench.active(member, "gradient") as active:
-            capture = active.capture(job.of)
-            chosen = list(range(n)) if indices is None else indices
-            for start, stop in batches.spans(len(chosen), job.batch_size):
-                part = chosen[start:stop]
-                batch = batches.to(batches.gather(job.dataset, part, job.collate), bench.device)
-                yield _checked(job, capture, batch, part)[2]
-
-    state = job.features.learn(passes, n)
-    store.put_state(key, state)
-    return state
-
-
-def _write_residuals(job: Job, members: Sequence[Member], store: Store, bench: Workbench) -> None:
-    """Q of members whose gradients come from another configuration (forward-only): forward passes alone."""
-    distinct = {m.identity("residual"): m for m in reversed(members)}
-    missing = [m for i, m in reversed(distinct.items()) if store.vector("residual", i) is None]
-    n = len(job.dataset)
-    with bar(len(missing), "residuals", job.progress) as advance:
-        for member in missing:
-            residuals = torch.empty(n)
-            with bench.active(member, "residual") as active:
-                for start, stop in job.spans():
-                    batch = job.batch(start, stop, bench.device)
-                    with naming(job.name, range(start, stop)):
-                        residuals[start:stop] = job.task.residual(active.model, batch)
-                    if start == 0 and job.ledger is not None:
-                        flops = count_flops(partial(job.task.residual, active.model, batch))
-                        job.ledger.add_flops("fitting", flops * n / (stop - start))
+def _write_residuals(job: Job, unit: Unit, store: Store, bench: Workbench, advance: Advance) -> float:
+    """Q of a member whose gradients come from another configuration (forward-only): forward passes alone."""
+    (member,), flops = unit.members, 0.0
+    identity, chunks = member.identity("residual"), unit.chunks
+    with bench.active(member, "residual") as active:
+        for index in chunks:
+            low, high = _range(job, unit, index)
+            residuals = torch.empty(high - low)
+            for start, stop in batches.spans(high - low, job.batch_size):
+                batch = job.batch(low + start, low + stop, bench.device)
+                with naming(job.name, range(low + start, low + stop)):
+                    residuals[start:stop] = job.task.residual(active.model, batch)
+                if job.ledger is not None and not flops:
+                    rows = sum(high - low for low, high in (_range(job, unit, i) for i in chunks))
+                    flops = count_flops(partial(job.task.residual, active.model, batch)) * rows / (stop - start)
             bad = (~residuals.isfinite()).nonzero()
             if len(bad):
-                raise ValueError(f"{job.name}[{int(bad[0, 0])}] has a NaN or infinite output; expected finite numbers")
-            store.put_vector("residual", member.identity("residual"), residuals, member.name)
+                raise ValueError(
+                    f"{job.name}[{low + int(bad[0, 0])}] has a NaN or infinite output; expected finite numbers"
+                )
+            store.write_vector("residual", identity, index, residuals)
             advance(1, f"residuals of {member.name}")
+    return flops
 
 
 def stream_rows(

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +17,11 @@ from torch.utils.data import Subset
 
 from byline import batches
 from byline.batches import Batch
+from byline.engines.base import Engine, Work, as_engine
 from byline.evaluate.bank import Bank, read, write
 from byline.evaluate.measure import is_whole
 from byline.ledger import Cost, Ledger
-from byline.progress import bar
+from byline.progress import Advance, bar
 from byline.training import Run, Trainer
 from byline.training.data import derive, fetch
 
@@ -52,6 +53,7 @@ def retrain(
     path: str | Path | None = None,
     batch_size: int = 256,
     progress: bool = True,
+    engine: str | Engine | None = None,
 ) -> Bank:
     """Trains models on random subsets and records what they say of each test example.
 
@@ -77,6 +79,8 @@ def retrain(
             bit for bit.
         batch_size: Test examples at a time.
         progress: Whether to show a bar.
+        engine: Where parts are trained: in this process, ``"ray"`` or `byline.engines.Ray`. The outputs are the same
+            bit for bit where a process has as many threads as this one.
 
     Returns:
         The bank.
@@ -85,7 +89,7 @@ def retrain(
         ValueError: If an argument is out of range, an output is not finite, or `path` holds a bank (or parts
             of one) made otherwise; the message names the first difference.
     """
-    train_set = batches.as_dataset(train_set, "train_set")
+    train_set, where = batches.as_dataset(train_set, "train_set"), as_engine(engine)
     n_train = len(train_set)
     if not is_whole(seeds, 1):
         raise ValueError(f"seeds={seeds!r}: expected a whole number of at least 1")
@@ -114,27 +118,32 @@ def retrain(
     step = getattr(train_fn, "group", _PART)
     parts = [models[start : start + step] for start in range(0, len(models), step)]
     folder = None if path is None else Path(f"{path}.parts")
-    done: list[tuple[np.ndarray, Cost]] = []
+    files = [folder and folder / f"{number:05d}.safetensors" for number in range(len(parts))]
+    done: dict[int, tuple[np.ndarray, Cost]] = {}
     with bar(len(models), f"retraining {len(models)} models", progress) as advance:
-        for number, part in enumerate(parts):
-            file = folder and folder / f"{number:05d}.safetensors"
+        for number, file in enumerate(files):
             if file and file.exists():
                 arrays, metadata = read(file)
                 _same(made, metadata, folder)
-                done.append((arrays["outputs"], Cost(**metadata["cost"])))
-                advance(len(part))
-                continue
-            members = [(np.flatnonzero(masks[s]), derive(seed, s, r)) for s, r in part]
-            outputs, cost = _train_part(train_fn, train_set, task, test, members, batch_size, advance)
-            for (s, r), row in zip(part, outputs, strict=True):
+                done[number] = arrays["outputs"], Cost(**metadata["cost"])
+                advance(len(parts[number]))
+        missing = [number for number in range(len(parts)) if number not in done]
+
+        def take(place: int, result: tuple[np.ndarray, Cost]) -> None:
+            number, (outputs, cost) = missing[place], result
+            for (s, r), row in zip(parts[number], outputs, strict=True):
                 if not np.isfinite(row).all():
                     bad = int(np.flatnonzero(~np.isfinite(row))[0])
                     raise ValueError(f"the model of subset {s}, seed {r} gives {row[bad]} for test example {bad}")
+            file = files[number]
             if file:
                 write(file, {"outputs": outputs}, {**made, "cost": asdict(cost)})
-            done.append((outputs, cost))
-    total = sum((cost for _, cost in done), Cost())
-    outputs = np.concatenate([outputs for outputs, _ in done]).reshape(len(masks), seeds, -1)
+            done[number] = outputs, cost
+
+        work = _Retraining(train_fn, train_set, task, test, masks, seed, batch_size)
+        where.run(work, [[parts[number] for number in missing]], take, advance)
+    total = sum((done[number][1] for number in range(len(parts))), Cost())
+    outputs = np.concatenate([done[number][0] for number in range(len(parts))]).reshape(len(masks), seeds, -1)
     bank = Bank(masks, outputs, {**made, "cost": asdict(total)})
     if path is not None and folder is not None:
         bank.save(path)
@@ -170,6 +179,29 @@ def draw_subsets(n_train: int, subsets: int, size: int, seed: int) -> np.ndarray
     for s in range(subsets):
         masks[s, np.random.default_rng([seed, s]).choice(n_train, size, replace=False)] = True
     return masks
+
+
+@dataclass
+class _Retraining(Work):
+    """Parts of a bank as pieces of work."""
+
+    train_fn: Any
+    train_set: Any
+    task: HasOutput
+    test: Batch
+    masks: np.ndarray
+    seed: int
+    batch_size: int
+    what = "train_fn, task, train_set and test_set"
+
+    def do(self, piece: list[tuple[int, int]], advance: Advance) -> tuple[np.ndarray, Cost]:
+        """Train the models of a part: their outputs, and what they cost."""
+        members = [(np.flatnonzero(self.masks[s]), derive(self.seed, s, r)) for s, r in piece]
+        return _train_part(self.train_fn, self.train_set, self.task, self.test, members, self.batch_size, advance)
+
+    def steps(self, piece: list[tuple[int, int]]) -> float:
+        """Models."""
+        return len(piece)
 
 
 def _train_part(

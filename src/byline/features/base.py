@@ -19,11 +19,17 @@ Passes = Callable[[list[int] | None], Iterator[dict[str, Block]]]
 """Gradient blocks of the training examples at these indices (None: of a pass over all of them), batch by batch."""
 
 
+DTYPES = ("float32", "float16", "int8")
+
+
 class Features(ABC):
     """How gradients become rows whose inner products are the kernel of the methods."""
 
     linear = True
     """Whether rows are vectors in ``rows["rows"]`` (B, k), with ``rows @ rows.T`` the kernel."""
+
+    dtype: str = "float32"
+    """What rows of training examples are kept as: "float32", or "float16" or "int8" with a scale per row."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -46,7 +52,8 @@ class Features(ABC):
         return (a["rows"] * b["rows"]).sum(1)
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{k}={v!r}" for k, v in self.describe().items() if k != "kind")
+        hidden = {"kind"} | ({"dtype"} if self.dtype == "float32" else set())
+        arguments = ", ".join(f"{k}={v!r}" for k, v in self.describe().items() if k not in hidden)
         return f"{type(self).__name__}({arguments})"
 
 
@@ -82,6 +89,13 @@ def widened(rows: Rows) -> Rows:
     """Half precisions as float32: what the store keeps, so that test rows are of the same kind."""
     half = (torch.bfloat16, torch.float16)
     return {name: value.float() if value.dtype in half else value for name, value in rows.items()}
+
+
+def check_dtype(dtype: Any) -> str:
+    """One of the dtypes that rows may be kept as."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {DTYPES}")
+    return str(dtype)
 
 
 def seeded(seed: int, *path: int | str) -> torch.Generator:

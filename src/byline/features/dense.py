@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byline.features.base import Features, Rows, State, check_dim, seeded, widened
+from byline.features.base import Features, Rows, State, check_dim, check_dtype, seeded, widened
 from byline.features.blocks import Block
 
 _KINDS = ("rademacher", "gaussian", "sjlt")
@@ -27,18 +27,20 @@ class Dense(Features):
         dim: columns.
         kind: ``"rademacher"``, ``"gaussian"`` or ``"sjlt"``.
         seed: of the projection, which members share.
+        dtype: what rows are kept as: ``"float32"`` (as computed), or ``"float16"`` or ``"int8"`` with a scale per row.
     """
 
-    def __init__(self, dim: int = 512, kind: str = "rademacher", seed: int = 0):
+    def __init__(self, dim: int = 512, kind: str = "rademacher", seed: int = 0, dtype: str = "float32"):
         self.dim = check_dim(dim)
         if kind not in _KINDS:
             raise ValueError(f"kind is {kind!r}; expected one of {_KINDS}")
         self.kind_of = kind
         self.seed = seed
+        self.dtype = check_dtype(dtype)
 
     def describe(self) -> dict[str, Any]:
         """Kind, columns, projection and seed."""
-        return {"kind": "dense", "dim": self.dim, "projection": self.kind_of, "seed": self.seed}
+        return {"kind": "dense", "dim": self.dim, "projection": self.kind_of, "seed": self.seed, "dtype": self.dtype}
 
     def rows(self, blocks: dict[str, Block], state: State) -> Rows:
         """(B, dim)."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byline.features.base import Features, Passes, Products, Rows, State, widened
+from byline.features.base import Features, Passes, Products, Rows, State, check_dtype, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
 
 
@@ -21,13 +21,19 @@ class Exact(Features):
 
     ``TRAK`` needs the kernel of all pairs of training examples with it, N × N numbers per member while it works; take
     `Nystrom` or `Factorized` where that is too many. ``GradDot``, ``GradCos`` and ``TracIn`` do not.
+
+    Args:
+        dtype: what rows are kept as: ``"float32"`` (as computed), or ``"float16"`` or ``"int8"`` with a scale per row.
     """
 
     linear = False
 
+    def __init__(self, dtype: str = "float32"):
+        self.dtype = check_dtype(dtype)
+
     def describe(self) -> dict[str, Any]:
-        """The kind."""
-        return {"kind": "exact"}
+        """The kind, and the dtype."""
+        return {"kind": "exact", "dtype": self.dtype}
 
     def learn(self, passes: Passes, length: int) -> State:
         """Decide per block, from one example, whether its factors or its gradient are kept."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byline.features.base import Features, Passes, Rows, State, check_dim, seeded, widened
+from byline.features.base import Features, Passes, Rows, State, check_dim, check_dtype, seeded, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
 
 _SAMPLE = 2048  # training examples from which the pca basis is learnt
@@ -28,18 +28,20 @@ class Factorized(Features):
         dim: columns per member, at most.
         basis: ``"random"`` or ``"pca"``.
         seed: of the random projections (the same for every member) and of the sample that the pca sees.
+        dtype: what rows are kept as: ``"float32"`` (as computed), or ``"float16"`` or ``"int8"`` with a scale per row.
     """
 
-    def __init__(self, dim: int = 1024, basis: str = "random", seed: int = 0):
+    def __init__(self, dim: int = 1024, basis: str = "random", seed: int = 0, dtype: str = "float32"):
         self.dim = check_dim(dim)
         if basis not in ("random", "pca"):
             raise ValueError(f"basis is {basis!r}; expected 'random' or 'pca'")
         self.basis = basis
         self.seed = seed
+        self.dtype = check_dtype(dtype)
 
     def describe(self) -> dict[str, Any]:
         """Kind, columns, basis and seed."""
-        return {"kind": "factorized", "dim": self.dim, "basis": self.basis, "seed": self.seed}
+        return {"kind": "factorized", "dim": self.dim, "basis": self.basis, "seed": self.seed, "dtype": self.dtype}
 
     def learn(self, passes: Passes, length: int) -> State:
         """The projections of every block."""

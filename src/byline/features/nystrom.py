@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from byline.features.base import Features, Passes, Rows, State, check_dim, seeded
+from byline.features.base import Features, Passes, Rows, State, check_dim, check_dtype, seeded
 from byline.features.blocks import Block
 from byline.features.exact import Exact
 
@@ -20,16 +20,18 @@ class Nystrom(Features):
     Args:
         landmarks: how many training examples; all of them give the exact kernel.
         seed: which ones.
+        dtype: what rows are kept as: ``"float32"`` (as computed), or ``"float16"`` or ``"int8"`` with a scale per row.
     """
 
-    def __init__(self, landmarks: int = 1024, seed: int = 0):
+    def __init__(self, landmarks: int = 1024, seed: int = 0, dtype: str = "float32"):
         self.landmarks = check_dim(landmarks, "landmarks")
         self.seed = seed
+        self.dtype = check_dtype(dtype)
         self.exact = Exact()
 
     def describe(self) -> dict[str, Any]:
         """Kind, landmarks and seed."""
-        return {"kind": "nystrom", "landmarks": self.landmarks, "seed": self.seed}
+        return {"kind": "nystrom", "landmarks": self.landmarks, "seed": self.seed, "dtype": self.dtype}
 
     def learn(self, passes: Passes, length: int) -> State:
         """The landmarks' factors and the whitening matrix of their kernel."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,20 +15,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from byline import batches
-from byline.engines.local import Job, learn, member_key, stream_rows, write_features
+from byline.engines.base import HERE, Engine, as_engine
+from byline.engines.local import Job, member_key, stream_rows, write_features
 from byline.engines.workbench import Collate, Workbench
 from byline.ensembles.base import Ensemble, Member, as_ensemble, check_count
 from byline.features import Exact, Features
 from byline.features.base import Products, Rows, State
 from byline.ledger import Ledger
+from byline.methods import scan, streaming
 from byline.methods.mean import RunningMean
+from byline.methods.streaming import Query
+from byline.methods.voting import Block, Voting
 from byline.progress import bar
-from byline.scores import Scores, matrix
+from byline.scores import Ranking, Scores, check_k, matrix
 from byline.store import Store, Stored, StoredRows
 from byline.task import ParamFilter, Task
 
 Scorer = Callable[[Rows], Tensor]
 """Rows of a test batch -> (B, n_train) what one member says."""
+Prepare = Callable[[Rows], Query]
+"""Rows of a test batch -> what is held of them while training examples pass by."""
 
 # larger matrices of scores go to a memory-mapped file
 _IN_MEMORY = 2**30
@@ -61,6 +67,8 @@ class Attributor(ABC):
         device: where to work; the device of the task's model by default. GPUs are untested.
         ledger: is told what fitting and serving cost.
         progress: show a progress bar where stderr is a terminal.
+        engine: where the work is done: in this process by default, ``"ray"`` or `byline.engines.Ray`, which needs a
+            ``store`` that its workers reach.
 
     Attributes:
         n_train_: number of training examples, after ``fit``.
@@ -83,6 +91,7 @@ class Attributor(ABC):
         device: Any = None,
         ledger: Ledger | None = None,
         progress: bool = True,
+        engine: str | Engine | None = None,
     ):
         if not isinstance(task, Task):
             raise TypeError(f"task is a {type(task).__name__}; expected a byline.Task")
@@ -101,7 +110,9 @@ class Attributor(ABC):
         self.device = device
         self.ledger = ledger
         self.progress = progress
+        self.engine = as_engine(engine)
         self.store = Store(store)
+        self.engine.check(self.store)
         self._train_set: Any = None
         self._check_members(self.ensemble.members())
 
@@ -121,8 +132,8 @@ class Attributor(ABC):
             self.collate = train_set.collate_fn or default_collate
         self._check_model()
         self._check_size(len(data))
-        with phase(self.ledger, "fitting"):
-            if self.store.path is None and self._train_set is not None and data is not self._train_set:
+        with phase(self.ledger, "fitting"), self.store.session():
+            if self.store.place is None and self._train_set is not None and data is not self._train_set:
                 self.store = Store(None)
             self.store.claim(
                 {
@@ -135,6 +146,8 @@ class Attributor(ABC):
             self._bench = Workbench(self.task, data, self.collate, self.device)
             self._write()
             self._voters = self._gather()
+            self._resident: dict[str, scan.Resident] = {}
+            self._held_norms: dict[str, Tensor] = {}
             self._prepare()
         return self
 
@@ -163,34 +176,74 @@ class Attributor(ABC):
         shape = (len(data), self.n_train_)
         folder = None if self.store.path is None else self.store.path / "scores"
         mean = RunningMean(lambda: matrix(shape, _IN_MEMORY, folder), self._with_residuals)
-        with (
-            phase(self.ledger, "serving"),
-            bar(len(self._voters) * len(job.spans()), "scores", self.progress) as advance,
-        ):
-            shared = self._shared()
-            self._products = Products(shared)
-            for voter in self._voters:
-                mean.begin(voter.weight, voter.residual)
-                for start, stop, votes in self._votes(voter, job, shared):
-                    mean.add(start, stop, votes)
-                    advance(1, f"scores of {voter.member.name}")
-            values, stderr = self._finish(mean)
+        with phase(self.ledger, "serving"):
+            values, stderr = self._finish(self._vote(mean, job))
         return Scores(values, stderr, self.info())
+
+    def top(self, test_set: Any, k: int = 10) -> Ranking:
+        """The strongest proponents and opponents of every test example, without a matrix (n_test, n_train).
+
+        The same as ``attribute(test_set).top(k)`` to rounding, ties in the training set's order. What members hold of
+        the test examples stays in memory while the training examples pass by once, chunk by chunk. Methods that need
+        all training examples at once (TRAK and TrackStar without fewer columns than examples, DVEmb, those on
+        embeddings, Random) take the test examples in blocks instead.
+
+        Args:
+            test_set: any map-style torch Dataset of batches like the training set's.
+            k: how many of either, at most n_train.
+
+        Returns:
+            indices, scores and standard errors, each (n_test, k).
+
+        Raises:
+            ValueError: ``k`` is no int from 1 to n_train.
+            RuntimeError: the attributor is not fitted.
+        """
+        self._check_fitted()
+        k = check_k(k, self.n_train_)
+        data = batches.as_dataset(test_set, "test_set")
+        with phase(self.ledger, "serving"):
+            found = streaming.top(self, self._job(data, "test_set", "output"), k)
+        return Ranking(*found, self.info(), self.n_train_)
+
+    def hold(self, dtype: str = "float32") -> int:
+        """Keep what `top` needs of the training set in memory, as a service does.
+
+        Args:
+            dtype: of the rows: "float32", "float16", or "int8" with a scale per row. Scores change by the rounding of
+                the rows. Rows of `Exact` features stay in the store, and so does whatever does not stream.
+
+        Returns:
+            bytes of rows in memory.
+
+        Raises:
+            ValueError: another dtype.
+        """
+        self._check_fitted()
+        scan.check_dtype(dtype)
+        self._resident = {}
+        if self.columns():
+            places = streaming.spans(self, self._voters)
+            for voter in self._voters:
+                stored = self._stored(voter)
+                found = scan.Resident.load((stored.read(a, b)["rows"] for a, b in places), dtype)
+                self._resident[voter.member.identity("gradient")] = found
+        self._warm()
+        return sum(rows.nbytes for rows in self._resident.values())
+
+    def columns(self) -> int:
+        """Numbers per training example, over all members, that `hold` would keep; 0 where it keeps none."""
+        self._check_fitted()
+        if not self.features.linear or not all(self._streams(voter) for voter in self._voters):
+            return 0
+        return sum(self._stored(voter).columns for voter in self._voters)
 
     def self_influence(self) -> np.ndarray:
         """The score of every training example for itself, (n_train,): ``attribute(train_set)``'s diagonal."""
         self._check_fitted()
         mean = RunningMean(lambda: np.zeros((1, self.n_train_), np.float32), self._with_residuals)
-        with (
-            phase(self.ledger, "serving"),
-            bar(len(self._voters), "self-influence", self.progress) as advance,
-        ):
-            self._products = Products(self._shared())
-            for voter in self._voters:
-                mean.begin(voter.weight, voter.residual)
-                mean.add(0, 1, self._self(voter).unsqueeze(0))
-                advance(1, f"self-influence of {voter.member.name}")
-            values, _ = self._finish(mean)
+        with phase(self.ledger, "serving"):
+            values, _ = self._finish(self._vote(mean, None))
         return values[0]
 
     def info(self) -> dict[str, Any]:
@@ -210,15 +263,78 @@ class Attributor(ABC):
     _with_residuals = False
     """Whether members vote on Q and on the kernel apart (TRAK)."""
 
+    def _streams(self, voter: Voter) -> bool:
+        """Whether what a member says of a training example needs no other training example once it is fitted."""
+        return False
+
+    def _query(self, voter: Voter) -> Prepare:
+        """What one member makes of a batch of test rows, where it streams."""
+        raise NotImplementedError
+
+    def _queries(self, voter: Voter, job: Job, shared: set[str]) -> Generator[tuple[int, int, Query], None, None]:
+        """(start, stop, query) of one member, test batch by test batch, where it streams."""
+        prepare = self._query(voter)
+        for start, stop, rows in stream_rows(job, voter.member, self._state(voter), self._bench):
+            yield start, stop, prepare(self._keyed(rows, voter, shared))
+
+    def _reader(self, voter: Voter) -> Callable[[int, int], Any]:
+        """What queries are held against: rows of training examples."""
+        held = self._resident.get(voter.member.identity("gradient"))
+        return self._stored(voter).read if held is None else held.read
+
+    def _warm(self) -> None:  # noqa: B027 - most methods have nothing more to keep
+        """Keep whatever else queries share."""
+
     def _scorer(self, voter: Voter) -> Scorer:
         """What one member says of a batch of test rows."""
-        raise NotImplementedError
+        prepare, stored = self._query(voter), self._stored(voter)
+
+        def scorer(rows: Rows) -> Tensor:
+            query = prepare(rows)
+            return torch.cat([query.against(stored.read(a, b), a, b) for a, b in self._chunks(stored)], 1)
+
+        return scorer
 
     def _votes(self, voter: Voter, job: Job, shared: set[str]) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, scores) of one member, test batch by test batch."""
         scorer = self._scorer(voter)
         for start, stop, rows in stream_rows(job, voter.member, self._state(voter), self._bench):
             yield start, stop, scorer(self._keyed(rows, voter, shared))
+
+    def _vote(self, mean: RunningMean, job: Job | None) -> RunningMean:
+        """Take the mean of what all members say of test examples, or of the training examples for themselves."""
+        shared = self._shared()
+        self._products = Products(shared)
+        voting = Voting(self, job, shared)
+        pieces = voting.pieces(self.engine.processes())
+        # alone, a piece would wait for another process for nothing
+        engine = self.engine if len(pieces) > 1 else HERE
+        begun: set[int] = set()
+
+        def take(number: int, blocks: Iterable[Block]) -> None:
+            place = pieces[number][0]
+            if place not in begun:
+                begun.add(place)
+                mean.begin(self._voters[place].weight, self._voters[place].residual)
+            for start, stop, votes in blocks:
+                mean.add(start, stop, votes)
+
+        steps = int(sum(voting.steps(piece) for piece in pieces))
+        with bar(steps, "scores" if job else "self-influence", self.progress) as advance:
+            engine.run(voting, [pieces], take, advance, ordered=True)
+        return mean
+
+    def _sent(self) -> dict[str, Any]:
+        """The attributes of a copy in another process, which makes for itself what it has of its own."""
+        own = ("store", "engine", "ledger", "_bench", "_products", "_resident", "_held_norms")
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    def _noted(self) -> dict[str, Any]:
+        """What a copy has found out while it scored, and `info` tells."""
+        return {}
+
+    def _note(self, found: dict[str, Any]) -> None:  # noqa: B027 - most methods find out nothing
+        """Take over what a copy has noted."""
 
     @abstractmethod
     def _self(self, voter: Voter) -> Tensor:
@@ -231,12 +347,13 @@ class Attributor(ABC):
     def _write(self) -> None:
         """Compute what the store lacks of the training set."""
         job = self._job(self._train_set, "train_set", self._of)
-        write_features(job, self.ensemble.members(), self.store, self._bench)
+        write_features(job, self.ensemble.members(), self.store, self._bench, self.engine)
 
     def _prepare(self) -> None:  # noqa: B027 - most methods need nothing more
         """Whatever fitting does beyond the features."""
 
-    def _finish(self, mean: RunningMean) -> tuple[np.ndarray, np.ndarray]:
+    def _finish(self, mean: RunningMean, place: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and standard errors of the training examples at ``place``, when all members have voted."""
         return mean.mean(), mean.stderr()
 
     def _check_size(self, n_train: int) -> None:  # noqa: B027 - most methods stream
@@ -260,10 +377,27 @@ class Attributor(ABC):
 
     def _state(self, voter: Voter) -> State:
         """What the features learnt from the training set for a member."""
-        return learn(self._job(self._train_set, "train_set", self._of), voter.member, self.store, self._bench)
+        found = self.store.state(member_key(voter.member.identity("gradient"), self._of))
+        assert found is not None, "fit keeps what the features learnt"
+        return found
 
     def _chunks(self, stored: Stored, size: int = 1024) -> list[tuple[int, int]]:
-        return batches.spans(self.n_train_, size)
+        """Spans of whole chunks."""
+        return stored.spans(size)
+
+    def _rows_of(self, stored: Stored) -> Iterator[Tensor]:
+        for start, stop in self._chunks(stored, 4096):
+            yield stored.read(start, stop)["rows"]
+
+    def _dots(self, rows: Rows) -> Callable[[Any], Tensor]:
+        """The kernel of test rows against rows of training examples, read from the store or resident."""
+
+        def dots(train: Any) -> Tensor:
+            if isinstance(train, scan.Chunk):
+                return train.dots(rows["rows"])
+            return self.features.kernel(rows, train, self._products)
+
+        return dots
 
     def _cross(self, rows: Rows, stored: Stored) -> Tensor:
         """(B, n_train) the kernel of test rows against a member's stored rows, chunk by chunk."""
@@ -279,6 +413,13 @@ class Attributor(ABC):
             rows = stored.read(start, stop)
             parts.append(self.features.diagonal(rows, rows))
         return torch.cat(parts)
+
+    def _kept_norms(self, voter: Voter) -> Tensor:
+        """(n_train,) the same, computed once per fit."""
+        key = voter.member.identity("gradient")
+        if key not in self._held_norms:
+            self._held_norms[key] = self._norms(self._stored(voter))
+        return self._held_norms[key]
 
     def _pairs(self, voter: Voter) -> Tensor:
         """(n_train,) inner products ⟨∇f(i), stored(i)⟩ of each training example's two sides."""

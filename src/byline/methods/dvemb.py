@@ -243,11 +243,12 @@ def _blocks(batches: Iterable[tuple[int, int, Rows]]) -> Iterator[tuple[int, int
     """Batches of rows joined to blocks."""
     held: list[Rows] = []
     first = last = 0
-    for _, last, rows in batches:
+    for start, last, rows in batches:
+        first = first if held else start
         held.append(rows)
         if last - first >= _BLOCK:
             yield first, last, _joined(held)
-            held, first = [], last
+            held = []
     if held:
         yield first, last, _joined(held)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,10 +26,12 @@ from byline.ensembles.base import Ensemble, check_seed
 from byline.ensembles.lora import AdapterChange
 from byline.features import Exact
 from byline.features.base import Rows, State
+from byline.methods import scan
 from byline.methods.base import Attributor, Voter
 from byline.methods.curvature import CURVATURES, SOLVERS, Problem, Solver
 from byline.methods.curvature.base import Inverse, Quadratic
 from byline.methods.curvature.explicit import Explicit, cholesky, solve
+from byline.methods.streaming import Query
 from byline.store import Stored
 from byline.task import Task
 
@@ -125,8 +127,8 @@ class Influence(Attributor):
         if curvature == "ggn" and not self.task.has_likelihood:
             raise ValueError(
                 f"curvature is 'ggn', which needs the likelihood of a named output with its own loss, and the task's "
-                f"{'output' if self.task.name == 'callable' else 'loss'} is a callable; use curvature='fisher' or "
-                "'auto'"
+                f"{'output' if self.task.name == 'callable' else 'loss'} is a callable; use "
+                "curvature='fisher' or 'auto'"
             )
         if not isinstance(self.features, Exact) and not (isinstance(solver, Explicit) and curvature == "fisher"):
             raise ValueError(
@@ -227,29 +229,52 @@ class Influence(Attributor):
         layout = problem.layout
         return Rowed(layout.of_rows, layout.products, max(part.shape[1] for part in layout.parts)), checked
 
+    def _streams(self, voter: Voter) -> bool:
+        return True
+
     def _votes(self, voter: Voter, job: Job, shared: set[str]) -> Iterator[tuple[int, int, Tensor]]:
-        stored, scale = self._stored(voter), self._loss_scale(voter)
+        stored = self._stored(voter)
+        for start, stop, query in self._queries(voter, job, shared):
+            parts = [query.against(stored.read(a, b), a, b) for a, b in self._chunks(stored)]
+            yield start, stop, torch.cat(parts, 1)
+
+    def _queries(self, voter: Voter, job: Job, shared: set[str]) -> Generator[tuple[int, int, Query], None, None]:
+        scale = self._loss_scale(voter)
         with self._bench.active(voter.member, "gradient") as active:
             read, inverse = self._applied(voter, active)
-            quadratic = None if self.normalization is None else self._quadratic(voter, active)
-            norms = None if self.normalization is None else self._train_norms(stored, read.vectors, inverse, quadratic)
-            factor = _factor(scale, norms)
-            for start, stop, rows in stream_rows(job, voter.member, self._state(voter), self._bench, active):
-                votes = torch.cat([self._against(inverse(part), stored, read) for part in _parts(rows, read.vectors)])
-                yield start, stop, votes if factor is None else votes * factor.to(votes)
+            factor = _factor(scale, self._normalizers(voter, active, read, inverse))
+            for start, _, rows in stream_rows(job, voter.member, self._state(voter), self._bench, active):
+                for part in _parts(rows, read.vectors):
+                    stop = start + len(part)
+                    yield start, stop, self._held(inverse(part), read, factor)
+                    start = stop
 
-    def _against(self, vectors: Tensor, stored: Stored, read: Rowed) -> Tensor:
-        """(B, n_train) products of preconditioned test gradients with the stored ones."""
+    def _normalizers(self, voter: Voter, active: Active, read: Rowed, inverse: Inverse) -> Tensor | None:
+        """(n_train,) what RelatIF divides by, computed once per fit."""
+        if self.normalization is None:
+            return None
+        key = voter.member.identity("gradient")
+        if key not in self._held_norms:
+            quadratic = self._quadratic(voter, active)
+            self._held_norms[key] = self._train_norms(self._stored(voter), read.vectors, inverse, quadratic)
+        return self._held_norms[key]
+
+    def _held(self, vectors: Tensor, read: Rowed, factor: Tensor | None) -> Query:
+        """Preconditioned test gradients, to be multiplied with the stored ones."""
         if self.ledger is not None:
             self.ledger.add_flops("serving", 2.0 * vectors.numel() * self.n_train_)
         # small enough for the gradients of a slice, or for what stands between the two factors
         step = max(1, _NUMBERS // max(vectors.shape[1], read.widest * len(vectors)))
-        parts = []
-        for start, stop in self._chunks(stored):
-            rows = stored.read(start, stop)
-            for a, b in batches.spans(stop - start, step):
-                parts.append(read.products(vectors, {name: value[a:b] for name, value in rows.items()}))
-        return torch.cat(parts, 1)
+
+        def against(train: Any, a: int, b: int) -> Tensor:
+            if isinstance(train, scan.Chunk):
+                votes = train.dots(vectors)
+            else:
+                parts = batches.spans(b - a, step)
+                votes = torch.cat([read.products(vectors, {k: v[i:j] for k, v in train.items()}) for i, j in parts], 1)
+            return votes if factor is None else votes * factor[a:b].to(votes)
+
+        return Query.of({"rows": vectors}, against)
 
     def _quadratic(self, voter: Voter, active: Active) -> Quadratic | None:
         """``rᵀ (H + λI)⁻¹ r`` of rows, where the solver has a short way."""
@@ -281,8 +306,7 @@ class Influence(Attributor):
         with self._bench.active(voter.member, "gradient") as active:
             read, inverse = self._applied(voter, active)
             quadratic = self._quadratic(voter, active)
-            norms = None if self.normalization is None else self._train_norms(stored, read.vectors, inverse, quadratic)
-            factor = _factor(scale, norms)
+            factor = _factor(scale, self._normalizers(voter, active, read, inverse))
             dots = []
             if self._of == "output" and quadratic is not None:
                 dots = [quadratic(stored.read(a, b)) for a, b in self._chunks(stored)]

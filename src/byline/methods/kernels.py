@@ -7,11 +7,11 @@ import os
 import torch
 from torch import Tensor
 
-from byline import batches
 from byline.features.base import Features, Products
-from byline.store import Stored
+from byline.store import Stored, StoredRows
 
 _CHUNK = 1024
+_ROOM = 2**30  # bytes of rows that may be kept while a kernel is made
 
 
 def check_room(n: int, features: Features) -> None:
@@ -34,11 +34,20 @@ def dual(features: Features, stored: Stored, products: Products) -> Tensor:
     n = len(stored)
     check_room(n, features)
     out = torch.empty(n, n)
-    spans = batches.spans(n, _CHUNK)
-    rows = [stored.read(*span) for span in spans]
+    spans = stored.spans(_CHUNK)
+    kept: dict[int, StoredRows] = {}
+
+    def rows(index: int) -> StoredRows:
+        # read once where all fit, as often as needed where they do not
+        found = kept[index] if index in kept else stored.read(*spans[index])
+        if (index + 1) * (spans[0][1] * stored.columns * 4) <= _ROOM:
+            kept[index] = found
+        return found
+
     for i, (a, b) in enumerate(spans):
+        own = rows(i)
         for j, (c, d) in enumerate(spans[: i + 1]):
-            block = features.kernel(rows[i], rows[j], products)
+            block = features.kernel(own, own if i == j else rows(j), products)
             out[a:b, c:d] = block
             if i != j:
                 out[c:d, a:b] = block.T
@@ -48,7 +57,7 @@ def dual(features: Features, stored: Stored, products: Products) -> Tensor:
 def primal(stored: Stored, scales: Tensor | None = None) -> Tensor:
     """(k, k) float32: the sum of outer products of linear rows, each times its scale (N,) where there are some."""
     out: Tensor | None = None
-    for start, stop in batches.spans(len(stored), _CHUNK):
+    for start, stop in stored.spans(_CHUNK):
         rows = stored.read(start, stop)["rows"]
         rows = rows if scales is None else rows * scales[start:stop, None].to(rows)
         out = rows.T @ rows if out is None else out.addmm_(rows.T, rows)

@@ -39,6 +39,7 @@ class MethodInfo:
         ensembles: The kinds that have a meaning for it.
         cls: Its class.
         options: What the name stands for beyond the class.
+        dear: Why it is left out of comparisons of "all" methods unless it is named; empty where it is not.
     """
 
     name: str
@@ -49,6 +50,7 @@ class MethodInfo:
     needs: tuple[str, ...] = ("gradients",)
     ensembles: tuple[str, ...] = _BUT_FORWARD
     options: Mapping[str, Any] = field(default_factory=dict)
+    dear: str = ""
 
     @property
     def forward_only(self) -> bool:
@@ -66,9 +68,12 @@ class MethodInfo:
         }
 
 
-def _influence(solver: str, title: str, description: str, citation: str) -> MethodInfo:
+def _influence(solver: str, title: str, description: str, citation: str, dear: str = "") -> MethodInfo:
     name = f"influence-{solver}"
-    return MethodInfo(name, title, description, citation, Influence, options={"solver": solver})
+    return MethodInfo(name, title, description, citation, Influence, options={"solver": solver}, dear=dear)
+
+
+_PASSES = "hundreds of passes over the training set for every batch of test examples"
 
 
 _METHODS = (
@@ -94,6 +99,7 @@ _METHODS = (
         "cosine of gradients with their second moment divided out",
         "Chang et al. 2024, arXiv 2410.17413",
         TrackStar,
+        options={"features": Factorized(1024)},
     ),
     _influence(
         "ekfac",
@@ -112,18 +118,21 @@ _METHODS = (
         "Influence, CG",
         "influence functions, conjugate gradients on the whole curvature",
         "Koh & Liang 2017, arXiv 1703.04730",
+        _PASSES,
     ),
     _influence(
         "lissa",
         "Influence, LiSSA",
         "influence functions, a Neumann series for the inverse",
         "Agarwal et al. 2017, arXiv 1602.03943",
+        _PASSES,
     ),
     _influence(
         "arnoldi",
         "Influence, Arnoldi",
         "influence functions in the leading eigenvectors of the curvature",
         "Schioppa et al. 2022, arXiv 2112.03052",
+        "a hundred passes over the training set for every member",
     ),
     _influence(
         "datainf",
@@ -136,6 +145,7 @@ _METHODS = (
         "Influence, dense",
         "influence functions, the dense inverse, for models of up to 5000 parameters",
         "Koh & Liang 2017, arXiv 1703.04730",
+        "a dense matrix over all parameters",
     ),
     MethodInfo("grad-dot", "Grad-Dot", "inner product of gradients", "Charpiat et al. 2019, arXiv 2102.05262", GradDot),
     MethodInfo("grad-cos", "Grad-Cos", "cosine of gradients", "Charpiat et al. 2019, arXiv 2102.05262", GradCos),

@@ -22,6 +22,8 @@ class Ridge(Attributor):
         damping_: relative damping per member, as given or as chosen by ``"auto"``, after ``fit``.
     """
 
+    _kept_bytes = _KEPT
+
     def _prepare(self) -> None:
         self._factors: OrderedDict[str, tuple[Tensor, float]] = OrderedDict()
         self._chosen: dict[str, float] = {}
@@ -52,6 +54,16 @@ class Ridge(Attributor):
     def _in_primal(self, voter: Voter) -> bool:
         return self.features.linear and self._stored(voter).columns < self.n_train_
 
+    def _streams(self, voter: Voter) -> bool:
+        return self._in_primal(voter)
+
+    def _warm(self) -> None:
+        voters = [voter for voter in self._voters if self._in_primal(voter)]
+        # small beside the rows that are held, and each would cost a pass over all of them to make anew
+        self._kept_bytes = max(_KEPT, sum(8 * self._stored(voter).columns ** 2 for voter in voters))
+        for voter in voters:
+            self._factor(voter)
+
     def _factor(self, voter: Voter) -> tuple[Tensor, float]:
         """Cholesky factor of the damped matrix and its λ; the last ones used are kept, up to 256 MB."""
         name, key = voter.member.name, voter.member.identity("gradient")  # joined ensembles repeat names
@@ -75,13 +87,22 @@ class Ridge(Attributor):
                 product = 2 * n * stored.columns**2 if primal_form else n**2 * stored.columns
                 self.ledger.add_flops("fitting", product + len(factor) ** 3 / 3)
         self._factors[key] = factor, ridge
-        while len(self._factors) > 1 and sum(8 * f.numel() for f, _ in self._factors.values()) > _KEPT:
+        while len(self._factors) > 1 and sum(8 * f.numel() for f, _ in self._factors.values()) > self._kept_bytes:
             self._factors.popitem(last=False)
         return factor, ridge
 
     def _scales(self, voter: Voter) -> Tensor | None:
         """(n_train,) what stored rows are multiplied by in the second moment; None for 1."""
         return None
+
+    def _sent(self) -> dict[str, Any]:
+        return {**super()._sent(), "_factors": OrderedDict()}
+
+    def _noted(self) -> dict[str, Any]:
+        return dict(self._chosen)
+
+    def _note(self, found: dict[str, Any]) -> None:
+        self._chosen.update(found)
 
     def info(self) -> dict[str, Any]:
         """Adds the damping that was used."""

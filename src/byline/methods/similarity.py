@@ -11,21 +11,25 @@ import torch
 from torch import Tensor
 
 from byline.features.base import Rows
-from byline.methods.base import Attributor, Scorer, Voter
+from byline.methods.base import Attributor, Prepare, Voter
+from byline.methods.streaming import Query
 
 
 class GradDot(Attributor):
     """Inner products of the output's gradient with the negated loss gradient, under any ensemble."""
 
-    def _scorer(self, voter: Voter) -> Scorer:
-        stored, scale = self._stored(voter), self._loss_scale(voter)
+    def _streams(self, voter: Voter) -> bool:
+        return True
 
-        def scorer(rows: Rows) -> Tensor:
-            self._count(rows, stored.columns)
-            dots = self._cross(rows, stored)
-            return dots if scale is None else dots * scale
+    def _query(self, voter: Voter) -> Prepare:
+        columns, scale = self._stored(voter).columns, self._loss_scale(voter)
 
-        return scorer
+        def prepare(rows: Rows) -> Query:
+            self._count(rows, columns)
+            dots = self._dots(rows)
+            return Query.of(rows, lambda train, a, b: dots(train) if scale is None else dots(train) * scale[a:b])
+
+        return prepare
 
     def _self(self, voter: Voter) -> Tensor:
         pairs, scale = self._pairs(voter), self._loss_scale(voter)
@@ -40,18 +44,22 @@ class GradDot(Attributor):
 class GradCos(GradDot):
     """Cosines between the output's gradient and the negated loss gradient; 0 where one of them is 0."""
 
-    def _scorer(self, voter: Voter) -> Scorer:
-        stored, scale = self._stored(voter), self._loss_scale(voter)
-        train = _inverse_root(self._norms(stored))
+    def _query(self, voter: Voter) -> Prepare:
+        columns, scale = self._stored(voter).columns, self._loss_scale(voter)
+        each = _inverse_root(self._kept_norms(voter))
         # normalising Q ∇f leaves its sign alone, and 0 where there is no gradient
-        train = train if scale is None else train * scale.sign()
+        each = each if scale is None else each * scale.sign()
 
-        def scorer(rows: Rows) -> Tensor:
-            self._count(rows, stored.columns)
-            test = _inverse_root(self.features.diagonal(rows, rows))
-            return self._cross(rows, stored) * test.unsqueeze(1) * train
+        def prepare(rows: Rows) -> Query:
+            self._count(rows, columns)
+            dots, test = self._dots(rows), _inverse_root(self.features.diagonal(rows, rows)).unsqueeze(1)
+            return Query.of(rows, lambda train, a, b: dots(train) * test * each[a:b])
 
-        return scorer
+        return prepare
+
+    def _warm(self) -> None:
+        for voter in self._voters:
+            self._kept_norms(voter)
 
     def _self(self, voter: Voter) -> Tensor:
         scale = self._loss_scale(voter)

@@ -17,8 +17,8 @@ from byline.methods.similarity import GradDot
 class TracIn(GradDot):
     """Inner products along training, weighted by step sizes where the ensemble has them."""
 
-    def _finish(self, mean: RunningMean) -> tuple[np.ndarray, np.ndarray]:
-        values, error = super()._finish(mean)
+    def _finish(self, mean: RunningMean, place: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        values, error = super()._finish(mean, place)
         members = self.ensemble.members()
         if any(member.weighted for member in members):
             # a weighted mean times the sum of the weights is the weighted sum, of all runs

@@ -18,13 +18,16 @@ which divides differences by λ: with gradients in float32, damping below about 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from byline.features.base import Rows
-from byline.methods.base import Scorer, Voter
+from byline.methods import scan
+from byline.methods.base import Prepare, Scorer, Voter
 from byline.methods.ridge import Ridge
+from byline.methods.streaming import Query
 
 
 class TrackStar(Ridge):
@@ -48,11 +51,48 @@ class TrackStar(Ridge):
     def _prepare(self) -> None:
         super()._prepare()
         self._gram_of: tuple[str, Tensor] | None = None
+        self._lengths: dict[str, Tensor] = {}
+
+    def _sent(self) -> dict[str, Any]:
+        return {**super()._sent(), "_gram_of": None}
 
     def _scales(self, voter: Voter) -> Tensor | None:
         return self._loss_scale(voter)
 
+    def _query(self, voter: Voter) -> Prepare:
+        stored, scale = self._stored(voter), self._loss_scale(voter)
+        factor, _ = self._factor(voter)
+        key = voter.member.identity("gradient")
+        if key not in self._lengths:
+            found = [_solved(factor, rows.T).square().sum(0) for rows in self._rows_of(stored)]
+            self._lengths[key] = _inverse_root(torch.cat(found))
+        each = self._lengths[key] if scale is None else self._lengths[key] * scale.sign()
+
+        def prepare(rows: Rows) -> Query:
+            white = _solved(factor, rows["rows"].T)
+            whole = torch.linalg.solve_triangular(factor.T, white, upper=True).T.contiguous()
+            test = _inverse_root(white.square().sum(0)).unsqueeze(1)
+            if self.ledger is not None:
+                columns = stored.columns + self.n_train_
+                self.ledger.add_flops("serving", 2.0 * len(whole) * self.n_train_ * columns)
+
+            def against(train: Any, a: int, b: int) -> Tensor:
+                # rounding alone leads beyond a cosine's range
+                return (scan.dots(whole, train) * test * each[a:b]).clamp(-1, 1).float()
+
+            return Query.of({"rows": whole}, against)
+
+        return prepare
+
+    def _warm(self) -> None:
+        super()._warm()
+        for voter in self._voters:
+            if self._in_primal(voter):
+                self._query(voter)
+
     def _scorer(self, voter: Voter) -> Scorer:
+        if self._in_primal(voter):
+            return super()._scorer(voter)
         train, whiten = self._whitened(voter)
 
         def scorer(rows: Rows) -> Tensor:

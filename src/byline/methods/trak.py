@@ -16,9 +16,11 @@ from torch import Tensor
 
 from byline import batches
 from byline.features.base import Rows
-from byline.methods.base import Scorer, Voter
+from byline.methods import scan
+from byline.methods.base import Prepare, Scorer, Voter
 from byline.methods.mean import RunningMean
 from byline.methods.ridge import Ridge
+from byline.methods.streaming import Query
 
 
 class TRAK(Ridge):
@@ -34,27 +36,34 @@ class TRAK(Ridge):
     train_side = "output"
     _with_residuals = True
 
+    def _query(self, voter: Voter) -> Prepare:
+        factor, _ = self._factor(voter)
+
+        def prepare(rows: Rows) -> Query:
+            self._count(voter, len(rows["rows"]), len(factor))
+            solved = torch.cholesky_solve(rows["rows"].double().T, factor).T.float().contiguous()
+            return Query.of({"rows": solved}, lambda train, a, b: scan.dots(solved, train))
+
+        return prepare
+
     def _scorer(self, voter: Voter) -> Scorer:
+        if self._in_primal(voter):
+            return super()._scorer(voter)
         stored = self._stored(voter)
         factor, _ = self._factor(voter)
-        size = len(factor)
-
-        def count(rows: Tensor) -> None:
-            if self.ledger is not None:
-                # triangular solves and products with the stored rows, which torch's counter does not see
-                self.ledger.add_flops("serving", 2.0 * len(rows) * (size * size + self.n_train_ * stored.columns))
-
-        def in_primal(rows: Rows) -> Tensor:
-            count(rows["rows"])
-            solved = torch.cholesky_solve(rows["rows"].double().T, factor).float()
-            return torch.cat([stored.read(a, b)["rows"].to(solved) @ solved for a, b in self._chunks(stored)]).T
 
         def in_dual(rows: Rows) -> Tensor:
             cross = self._cross(rows, stored)
-            count(cross)
+            self._count(voter, len(cross), len(factor))
             return torch.cholesky_solve(cross.double().T, factor).T.float()
 
-        return in_primal if self._in_primal(voter) else in_dual
+        return in_dual
+
+    def _count(self, voter: Voter, rows: int, size: int) -> None:
+        if self.ledger is not None:
+            # triangular solves and products with the stored rows, which torch's counter does not see
+            each = size * size + self.n_train_ * self._stored(voter).columns
+            self.ledger.add_flops("serving", 2.0 * rows * each)
 
     def _self(self, voter: Voter) -> Tensor:
         stored = self._stored(voter)
@@ -69,7 +78,7 @@ class TRAK(Ridge):
         # diag(K (K + λI)⁻¹) = 1 - λ diag((K + λI)⁻¹)
         return (1 - ridge * inverse.square().sum(0)).float()
 
-    def _finish(self, mean: RunningMean) -> tuple[np.ndarray, np.ndarray]:
+    def _finish(self, mean: RunningMean, place: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         assert mean.residual is not None
         kernel, q = mean.mean(), mean.residual.numpy()
         only = self._voters[0].residual_variance
@@ -83,6 +92,6 @@ class TRAK(Ridge):
                 square += k**2 * mean.residual_moment.numpy()
                 error[start:stop] = np.sqrt(np.maximum(square * mean.error_factor, 0))
             elif only is not None:
-                error[start:stop] = np.abs(k) * only.sqrt().numpy()
+                error[start:stop] = np.abs(k) * only[place].sqrt().numpy()
             k *= q
         return kernel, error

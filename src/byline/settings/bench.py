@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import byline
+from byline.engines.base import Engine
 from byline.evaluate.bank import Bank
 from byline.evaluate.lds import lds, noise_ceiling
 from byline.evaluate.savings import add_savings
@@ -48,6 +49,7 @@ def run(
     command: str = "",
     tell: Tell = lambda sentence: None,
     progress: bool = False,
+    engine: str | Engine | None = None,
 ) -> dict[str, Any]:
     """Compares the ensembles of a setting and writes `results.json`.
 
@@ -61,13 +63,14 @@ def run(
         command: What makes this result again, for the report.
         tell: Gets a sentence about each step.
         progress: Whether to show bars on the terminal.
+        engine: Where models are trained, features computed and scores made.
 
     Returns:
         The result, plain data: what `byline.report.build` takes.
     """
     rows = rows_of(setting.name, quick) if rows is None else rows
     recipe = bank_recipe or (QUICK_BANK if quick else setting.bank_recipe)
-    shop = Workshop(setting, folder, tell, progress)
+    shop = Workshop(setting, folder, tell, progress, engine)
     needed = models_needed(rows)
     models = shop.models(needed) if needed else []
     bank = shop.bank(recipe)
@@ -121,11 +124,13 @@ def _measure(
     setting = shop.setting
     ensemble, training, weights = ensemble_of(shop, row, models)
     ledger, queries = Ledger(), len(setting.test_set)
-    attributor = TRAK(setting.task(), ensemble, features=Exact(), damping="auto", ledger=ledger, progress=progress)
-    attributor.fit(setting.train_set)
-    scores = attributor.attribute(setting.test_set)
+    with shop.desk() as options:
+        options |= {"ledger": ledger, "progress": progress}
+        attributor = TRAK(setting.task(), ensemble, features=Exact(), damping="auto", **options)
+        attributor.fit(setting.train_set)
+        scores = attributor.attribute(setting.test_set)
+        features = attributor.store.nbytes()
     efficacy = lds(scores, bank, confidence=LEVEL)
-    features = attributor.store.nbytes()
     return {
         "name": row.name,
         "kind": row.kind,

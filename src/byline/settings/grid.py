@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from byline.engines.base import Engine
 from byline.evaluate.bank import Bank, read, write
 from byline.evaluate.lds import noise_ceiling
 from byline.ledger import Ledger
@@ -57,10 +58,10 @@ class Cell:
             queries=self.queries,
         )
 
-    def _attributor(self, ledger: Ledger) -> tuple[Any, Any, int]:
+    def _attributor(self, ledger: Ledger, where: dict[str, Any]) -> tuple[Any, Any, int]:
         ensemble, training, weights = ensemble_of(self.shop, self.row, self.models, self.info.name in STEPPED)
         task = self.shop.setting.task()
-        options = {"ledger": ledger, "progress": self.progress}
+        options = {"ledger": ledger, "progress": self.progress, **where}
         return make(self.info.name, task, ensemble, **options), training, weights
 
     def scores(self) -> tuple[Scores, dict[str, Any]]:
@@ -74,10 +75,11 @@ class Cell:
             found = Scores.load(path)
             return found, found.info["cost"]
         ledger = Ledger()
-        attributor, training, weights = self._attributor(ledger)
-        attributor.fit(self.shop.setting.train_set)
-        scores = attributor.attribute(first(self.shop.setting.test_set, self.queries))
-        features = attributor.store.nbytes()
+        with self.shop.desk() as where:
+            attributor, training, weights = self._attributor(ledger, where)
+            attributor.fit(self.shop.setting.train_set)
+            scores = attributor.attribute(first(self.shop.setting.test_set, self.queries))
+            features = attributor.store.nbytes()
         cost = {
             "training": plain(training),
             "fitting": plain(ledger.fitting),
@@ -93,8 +95,9 @@ class Cell:
         path = self.shop.folder / "suspicion" / f"{self.key}.safetensors"
         if path.exists():
             return read(path)[0]["suspicion"]
-        attributor, _, _ = self._attributor(Ledger())
-        values = attributor.fit(self.shop.setting.train_set).self_influence()
+        with self.shop.desk() as where:
+            attributor, _, _ = self._attributor(Ledger(), where)
+            values = attributor.fit(self.shop.setting.train_set).self_influence()
         write(path, {"suspicion": values}, {"method": self.info.name, "row": self.row.to_dict()})
         return values
 
@@ -117,13 +120,14 @@ def run(
     command: str = "",
     tell: Tell = lambda sentence: None,
     progress: bool = False,
+    engine: str | Engine | None = None,
 ) -> dict[str, Any]:
     """Judges every method under every ensemble and writes `grid.json`.
 
     Args:
         setting: Which benchmark.
         folder: Where everything that was made is kept; a second run takes from it what has the same configuration.
-        method_names: Names of the registry; all but those marked as too large for benchmarks when left out.
+        method_names: Names of the registry; all but the dear ones (`MethodInfo.dear`) when left out.
         ensembles: Names as `byline.settings.rows.parse` reads them.
         measures: Names of `byline.settings.judges.JUDGES`; those that retrain nothing per cell when left out.
         queries: Number of test examples, from the first; all when left out.
@@ -132,6 +136,7 @@ def run(
         command: What makes this result again, for the report.
         tell: Gets a sentence about each step.
         progress: Whether to show bars on the terminal.
+        engine: Where models are trained, features computed and scores made.
 
     Returns:
         The result, plain data: what `byline.report.build_grid` takes.
@@ -147,8 +152,8 @@ def run(
     if not 1 <= count <= total:
         raise ValueError(f"queries is {queries}; expected 1 to the {total} test examples")
     recipe = bank_recipe or (QUICK_BANK if quick else setting.bank_recipe)
-    shop = Workshop(setting, folder, tell, progress)
-    other = Workshop(relabelled(setting), folder, tell, progress) if "mislabel" in judges else None
+    shop = Workshop(setting, folder, tell, progress, engine)
+    other = Workshop(relabelled(setting), folder, tell, progress, engine) if "mislabel" in judges else None
     models = shop.models(models_needed(rows)) if models_needed(rows) else []
     flipped_models = other.models(models_needed(rows)) if other and models else []
     bank = _restricted(shop.bank(recipe), count) if "lds" in judges else None
@@ -179,7 +184,7 @@ def run(
         "measures": [judge.describe() for judge in judges.values()],
         "cells": [{key: value for key, value in cell.items() if not key.startswith("_")} for cell in cells],
         "baselines": [line for judge in judges.values() for line in judge.baselines(shop, other)],
-        "notes": _notes(setting, recipe, quick),
+        "notes": _notes(setting, recipe, quick, method_names is None),
         "environment": environment(),
         "command": command,
     }
@@ -213,7 +218,7 @@ def _judged(cell: Cell, flipped: Cell | None, judges: dict[str, Judge], bank: Ba
 def _chosen(names: Sequence[str] | None) -> list[MethodInfo]:
     known = {info.name: info for info in methods()}
     if names is None:
-        return [info for info in known.values() if info.name != "influence-explicit"]
+        return [info for info in known.values() if not info.dear]
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(f"methods: no method {', '.join(unknown) or 'named'}; there are {', '.join(known)}")
@@ -232,7 +237,7 @@ def _restricted(bank: Bank, queries: int) -> Bank:
     return Bank(bank.subsets, bank.outputs[:, :, :queries], bank.metadata)
 
 
-def _notes(setting: Setting, bank: BankRecipe, quick: bool) -> list[str]:
+def _notes(setting: Setting, bank: BankRecipe, quick: bool, all_methods: bool) -> list[str]:
     recipe = setting.recipe
     said = [
         f"Training: {recipe.optimizer}, learning rate {recipe.lr:g}, momentum {recipe.momentum:g}, batch "
@@ -244,6 +249,13 @@ def _notes(setting: Setting, bank: BankRecipe, quick: bool) -> list[str]:
         "grid this size has some that differ by chance.",
         "Seconds are CPU seconds of this machine while it ran.",
     ]
+    if all_methods:
+        dear: dict[str, list[str]] = {}
+        for info in methods():
+            if info.dear:
+                dear.setdefault(info.dear, []).append(info.name)
+        reasons = "; ".join(f"{', '.join(names)} ({why})" for why, names in dear.items())
+        said.append(f"Left out, unless they are named with --methods: {reasons}.")
     if quick:
         said.insert(0, "Short form (--quick): a small bank and few test examples. Do not quote it.")
     return said

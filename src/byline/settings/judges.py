@@ -80,7 +80,7 @@ class MislabelJudge(Judge):
         f"ROC-AUC of finding the {FLIPPED * 100:g} % of training labels that were flipped, by self-influence under "
         "models trained on the flipped labels."
     )
-    too_dear = ("influence-cg", "influence-lissa", "influence-arnoldi")
+    too_dear = ("influence-cg", "influence-lissa")
 
     def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any] | None:
         """Not where the curvature would be solved for each training example by iteration."""
@@ -176,6 +176,7 @@ class LOOJudge(Judge):
             seeds=self.seeds,
             path=folder / f"loo-{cell.shop.key(part='loo', seeds=self.seeds, removed=self.removed)}.safetensors",
             progress=cell.progress,
+            engine=cell.shop.engine,
         )
         own = Bank(own.subsets, own.outputs[:, :, : len(scores.values)], own.metadata)
         return _figure(leave_one_out(scores, own))

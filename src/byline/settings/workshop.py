@@ -18,7 +18,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,6 +31,7 @@ from torch import Tensor
 
 import byline
 from byline.batches import fingerprint
+from byline.engines.base import Engine, InProcess, as_engine
 from byline.ensembles import Independent
 from byline.ensembles.lora import Adapter, inject, train_lora
 from byline.evaluate.bank import Bank, read, write
@@ -64,9 +67,18 @@ class Workshop:
         folder: Where parts are kept.
         tell: Gets a sentence about each part that was made or found.
         progress: Whether to show bars.
+        engine: Where work is done.
     """
 
-    def __init__(self, setting: Setting, folder: str | os.PathLike[str], tell: Tell, progress: bool) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        folder: str | os.PathLike[str],
+        tell: Tell,
+        progress: bool,
+        engine: str | Engine | None = None,
+    ) -> None:
+        self.engine = as_engine(engine)
         self.setting, self.folder, self.tell, self.progress = setting, Path(folder), tell, progress
         self.identity = {
             "byline": byline.__version__,
@@ -109,7 +121,14 @@ class Workshop:
             return _load(path)
         trainer = replace(self.setting.trainer(), recipe=recipe)
         # Small seeds; the bank derives large ones, so no model that votes is part of the ground truth.
-        done = trainer.many(self.setting.train_set, None, list(range(count)), checkpoints=kept, progress=self.progress)
+        done = trainer.many(
+            self.setting.train_set,
+            None,
+            list(range(count)),
+            checkpoints=kept,
+            progress=self.progress,
+            engine=self.engine,
+        )
         trained = [
             Trained(tuple(run.checkpoints[epoch] for epoch in kept) if kept else (run.state_dict,), run.cost)
             for run in done
@@ -129,11 +148,25 @@ class Workshop:
             task=self.setting.task(),
             path=path,
             progress=self.progress,
+            engine=self.engine,
             **asdict(recipe),
         )
         how = "found" if found else "retrained"
         self.tell(f"bank of {recipe.subsets} subsets × {recipe.seeds} seeds: {how}")
         return bank
+
+    @contextmanager
+    def desk(self) -> Iterator[dict[str, Any]]:
+        """Options of an attributor: its engine, and where its features are.
+
+        In this process that is memory. Other processes need a folder; it is deleted when the context ends.
+        """
+        if isinstance(self.engine, InProcess):
+            yield {}
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".store-") as place:
+            yield {"engine": self.engine, "store": place}
 
     def adapters(
         self, models: Sequence[Trained], each: int, options: Mapping[str, Any]
@@ -199,7 +232,7 @@ def code_of(method: type[Attributor]) -> str:
     package = Path(byline.__file__).parent
     rooms = ("task.py", "batches.py", "ledger.py", "ensembles", "features", "store", "engines", "evaluate/lds.py")
     files = {file for room in rooms for file in (package / room, *(package / room).glob("**/*.py"))}
-    files |= {package / "methods" / f"{name}.py" for name in ("mean", "kernels", "damping")}
+    files |= {package / "methods" / f"{name}.py" for name in ("mean", "kernels", "damping", "voting")}
     files |= {Path(inspect.getfile(cls)) for cls in method.__mro__ if cls.__module__.startswith("byline.")}
     if issubclass(method, byline.Influence):
         files |= set((package / "methods" / "curvature").glob("*.py"))

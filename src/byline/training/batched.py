@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_map
 
 from byline import batches
 from byline.batches import Batch
+from byline.engines.base import Engine, Work, as_engine
 from byline.ledger import Cost, count_flops
-from byline.progress import bar
+from byline.progress import Advance, bar
 from byline.training.data import derive, fetch, order, take
 from byline.training.recipe import Recipe
 
@@ -83,6 +84,7 @@ def train_many(
     collate: Callable[[list[Any]], Batch] | None = None,
     device: str | torch.device = "cpu",
     progress: bool | Callable[[float], None] = False,
+    engine: str | Engine | None = None,
 ) -> list[Run]:
     """Trains one model per seed, in groups of stacked models.
 
@@ -106,6 +108,7 @@ def train_many(
         collate: Makes a batch of a list of items; torch's default when left out.
         device: Where to train; what comes back is on the CPU.
         progress: A transient bar, or a function that is told each advance in models.
+        engine: Where groups are trained: in this process, ``"ray"`` or `byline.engines.Ray`.
 
     Returns:
         A `Run` per seed, in order.
@@ -116,6 +119,7 @@ def train_many(
             epoch.
     """
     seeds = [int(seed) for seed in seeds]
+    where = as_engine(engine)
     data = fetch(train_set, "train_set", collate)
     members = _members(seeds, subsets, batches.size(data))
     kept = _kept(checkpoints, recipe.epochs)
@@ -129,17 +133,22 @@ def train_many(
     stacked = not obstacle if batched is None else batched
 
     flops = {size: _flops(build, task_loss, recipe, data, size, device) for size in {len(m[1]) for m in members}}
-    runs: list[Run] = []
+    groups = list(_chunks(members, group if stacked else 1))
+    work = _Training(build, task_loss, recipe, data, kept, device, stacked)
+    trained: list[_Trained] = [None] * len(groups)  # type: ignore[list-item]
     with _advance(progress, len(members)) as advance:
-        for chunk in _chunks(members, group if stacked else 1):
-            with _seeded(derive(*(seed for seed, _ in chunk), _DROPOUT), device):
-                kind = _Stacked if stacked else _Single
-                trained = _fit(kind(build, task_loss, chunk, device), chunk, data, recipe, kept, advance)
-            cost = Cost(flops[len(chunk[0][1])], trained.seconds / len(chunk), trained.wall / len(chunk))
-            runs += [trained.run(i, seed, recipe, kept, cost, stacked) for i, (seed, _) in enumerate(chunk)]
+
+        def told(steps: float = 1, doing: str | None = None) -> None:
+            advance(steps)
+
+        where.run(work, [groups], trained.__setitem__, told)
+    runs: list[Run] = []
+    for chunk, done in zip(groups, trained, strict=True):
+        cost = Cost(flops[len(chunk[0][1])], done.seconds / len(chunk), done.wall / len(chunk))
+        runs += [done.run(i, seed, recipe, kept, cost, stacked) for i, (seed, _) in enumerate(chunk)]
     # chunks keep members in order except where subset sizes differ inside a group
     place = {id(member): i for i, member in enumerate(members)}
-    order_of = [place[id(member)] for chunk in _chunks(members, group if stacked else 1) for member in chunk]
+    order_of = [place[id(member)] for chunk in groups for member in chunk]
     return [runs[i] for i in np.argsort(order_of)]
 
 
@@ -192,6 +201,31 @@ class Trainer:
         with _seeded(0, "cpu"):
             shapes = {name: list(tensor.shape) for name, tensor in self.build().named_parameters()}
         return {"recipe": self.recipe.to_dict(), "group": self.group, "parameters": shapes}
+
+
+@dataclass
+class _Training(Work):
+    """Groups of members as pieces of work."""
+
+    build: Build
+    loss: Loss
+    recipe: Recipe
+    data: Batch
+    kept: list[int]
+    device: Any
+    stacked: bool
+    what = "build, task_loss and train_set"
+
+    def do(self, piece: Sequence[Member], advance: Advance) -> _Trained:
+        """Train a group."""
+        with _seeded(derive(*(seed for seed, _ in piece), _DROPOUT), self.device):
+            kind = _Stacked if self.stacked else _Single
+            models = kind(self.build, self.loss, piece, self.device)
+            return _fit(models, piece, self.data, self.recipe, self.kept, advance)
+
+    def steps(self, piece: Sequence[Member]) -> float:
+        """Models."""
+        return len(piece)
 
 
 # --- a group of models --------------------------------------------------------------------------------------

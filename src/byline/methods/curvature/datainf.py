@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from byline.features.base import State
-from byline.methods.curvature.base import Inverse, Problem, Solver
+from byline.features.base import Rows, State
+from byline.methods.curvature.base import Inverse, Problem, Quadratic, Solver
 
 
 class DataInf(Solver):
@@ -27,9 +27,7 @@ class DataInf(Solver):
 
     def inverse(self, problem: Problem, state: State, damping: float) -> Inverse:
         """One pass over the training set per batch of vectors."""
-        ridge = problem.ridge(float(state["trace"]), damping)
-        if ridge <= 0:
-            raise ValueError('solver="datainf" divides by λ; expected damping above 0')
+        ridge = _ridge(problem, state, damping)
 
         def apply(vectors: Tensor) -> Tensor:
             total = torch.zeros_like(vectors)
@@ -43,3 +41,33 @@ class DataInf(Solver):
             return (vectors - total / problem.n) / ridge
 
         return apply
+
+    def quadratic(self, problem: Problem, state: State, damping: float) -> Quadratic:
+        """Kernels of each layer's gradients, which are never formed."""
+        ridge, features = _ridge(problem, state, damping), problem.job.features
+
+        def apply(rows: Rows) -> Tensor:
+            own = {part.name: _of(part.name, rows) for part in problem.layout.parts}
+            squares = features.diagonal(rows, rows)
+            taken = torch.zeros_like(squares)
+            for blocks, weight in problem.gradients():
+                others = features.rows(blocks, problem.state)
+                for name, mine in own.items():
+                    other = _of(name, others)
+                    share = weight / (ridge + weight * features.diagonal(other, other))
+                    taken += features.kernel(mine, other).square() @ share.to(taken)
+            return (squares - taken / problem.n) / ridge
+
+        return apply
+
+
+def _ridge(problem: Problem, state: State, damping: float) -> float:
+    ridge = problem.ridge(float(state["trace"]), damping)
+    if ridge <= 0:
+        raise ValueError('solver="datainf" divides by λ; expected damping above 0')
+    return ridge
+
+
+def _of(block: str, rows: Rows) -> Rows:
+    """The rows of one block."""
+    return {name: value for name, value in rows.items() if name.rpartition(":")[0] == block}

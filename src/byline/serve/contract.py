@@ -1,0 +1,108 @@
+"""What ``byline serve STORE --task module:object`` expects of the object."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from byline.methods.base import Attributor
+from byline.store import Store
+
+
+@dataclass
+class Served:
+    """An attributor, the training set that it is fitted on, and what is told of the training examples.
+
+    Args:
+        attributor: any method; with ``store=None`` it gets the store that is served.
+        train_set: its map-style dataset; None where the attributor is fitted already.
+        metadata: what is told of training example i: a sequence of n_train JSON values, or a function of i. None tells
+            nothing.
+        decode: makes an item as those of the training set of one example as JSON; raises ValueError for what it
+            refuses. By default JSON must have the form of the training set's items (`byline.serve.decode`).
+        title: of the service.
+    """
+
+    attributor: Attributor
+    train_set: Any = None
+    metadata: Sequence[Any] | Callable[[int], Any] | None = None
+    decode: Callable[[Any], Any] | None = None
+    title: str = "byline"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.attributor, Attributor):
+            raise TypeError(
+                f"attributor is a {type(self.attributor).__name__}; expected a byline method such as byline.TRAK"
+            )
+        if self.decode is not None and not callable(self.decode):
+            raise TypeError(f"decode is a {type(self.decode).__name__}; expected a function of one JSON value")
+        if self.train_set is None and self.attributor._train_set is None:
+            raise ValueError("train_set is missing, and the attributor is not fitted; expected one of the two")
+
+    def ready(self, store: str | os.PathLike[str] | None = None) -> Served:
+        """Fit the attributor on the store: what the store holds is not computed again.
+
+        Raises:
+            ValueError: the store was made for something else, or the metadata are not those of the training set.
+        """
+        attributor = self.attributor
+        if store is not None and attributor.store.path is None:
+            attributor.store = Store(Path(store))
+        elif store is not None and Path(store).resolve() != Path(attributor.store.path or "").resolve():
+            raise ValueError(f"store is {store}, and the attributor has its own, {attributor.store.path}")
+        attributor.progress = attributor.progress and sys.stderr.isatty()
+        attributor.fit(attributor._train_set if self.train_set is None else self.train_set)
+        told = self.metadata
+        if told is not None and not callable(told) and len(told) != attributor.n_train_:
+            raise ValueError(
+                f"metadata has {len(told)} entries; expected one per training example, {attributor.n_train_}"
+            )
+        return self
+
+    def about(self, index: int) -> Any:
+        """The metadata of training example ``index``."""
+        if self.metadata is None:
+            return None
+        return self.metadata(index) if callable(self.metadata) else self.metadata[index]
+
+
+def load(spec: str, store: str | os.PathLike[str] | None = None) -> Served:
+    """The object that ``module:object`` names, looked for in the working directory too.
+
+    It is a `Served`, a fitted method, or a function that returns one of them. A function with a parameter ``store``
+    gets the store's path.
+
+    Raises:
+        ValueError: there is no such module or object, or it is something else.
+    """
+    name, _, attribute = spec.partition(":")
+    if not name or not attribute:
+        raise ValueError(f"task is {spec!r}; expected module:object, such as my_project.models:served")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"task is {spec!r}, and importing {name} fails: {error}") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"task is {spec!r}, and {name} has no {attribute}")
+        found = getattr(found, part)
+    if callable(found) and not isinstance(found, Attributor | Served):
+        wants = "store" in inspect.signature(found).parameters
+        found = found(store=store) if wants else found()
+    if isinstance(found, Attributor):
+        found = Served(found)
+    if not isinstance(found, Served):
+        raise ValueError(
+            f"task is {spec!r}, a {type(found).__name__}; expected a byline.serve.Served, a fitted "
+            "method, or a function that returns one"
+        )
+    return found

@@ -1,0 +1,197 @@
+"""The one thread that scores: members take turns on one copy of the model, so requests wait for one another.
+
+Whatever waits when the thread becomes free is scored together, up to the limit of a batch: one pass over the training
+examples then serves several requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from byline import batches
+from byline.methods.base import Attributor
+from byline.scores import Ranked
+from byline.serve.limits import Limits
+
+_log = logging.getLogger("byline.serve")
+
+Answer = list[tuple[Ranked, Ranked]]
+"""Proponents and opponents of each example."""
+
+
+class Full(Exception):
+    """The queue has no room."""
+
+
+class Refused(Exception):
+    """The model does not take an example; says why in one sentence."""
+
+
+@dataclass
+class Ask:
+    """A request in the queue."""
+
+    items: list[Any]
+    k: int
+    answer: Future[Answer] = field(default_factory=Future)
+
+
+class Items:
+    """A request's examples as a dataset."""
+
+    def __init__(self, items: list[Any]):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+
+class Worker:
+    """Scores requests one batch after the other.
+
+    Args:
+        attributor: fitted.
+        limits: of the batch and the queue.
+
+    Attributes:
+        waiting: examples in the queue.
+        batches: how many examples each batch scored so far had, newest last, at most 1000.
+    """
+
+    def __init__(self, attributor: Attributor, limits: Limits):
+        self.attributor, self.limits = attributor, limits
+        self.waiting = 0
+        self.batches: deque[int] = deque(maxlen=1000)
+        self._queue: deque[Ask] = deque()
+        self._change = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="byline-serve", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish what waits, and end."""
+        with self._change:
+            self._stopping = True
+            self._change.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def submit(self, items: list[Any], k: int) -> Future[Answer]:
+        """Put a request in the queue.
+
+        Raises:
+            Full: too many examples wait.
+        """
+        ask = Ask(items, k)
+        with self._change:
+            if self._stopping or (self.waiting and self.waiting + len(items) > self.limits.queue):
+                raise Full
+            self._queue.append(ask)
+            self.waiting += len(items)
+            self._change.notify()
+        return ask.answer
+
+    def _run(self) -> None:
+        while True:
+            with self._change:
+                while not self._queue and not self._stopping:
+                    self._change.wait()
+                if not self._queue:
+                    return
+                asks = self._next()
+            # a request that nobody waits for any more costs nothing
+            asks = [ask for ask in asks if ask.answer.set_running_or_notify_cancel()]
+            if asks:
+                self._answer(asks)
+
+    def _next(self) -> list[Ask]:
+        """As many of those that wait as make a batch of examples of one form."""
+        asks, size = [self._taken()], 0
+        form = _form(asks[0].items[0])
+        size = len(asks[0].items)
+        while self._queue and size + len(self._queue[0].items) <= self.limits.batch:
+            if any(_form(item) != form for item in self._queue[0].items):
+                break
+            asks.append(self._taken())
+            size += len(asks[-1].items)
+        return asks
+
+    def _taken(self) -> Ask:
+        ask = self._queue.popleft()
+        self.waiting -= len(ask.items)
+        return ask
+
+    def _answer(self, asks: list[Ask]) -> None:
+        try:
+            found = self._top([item for ask in asks for item in ask.items], max(ask.k for ask in asks))
+        except Exception as error:
+            if len(asks) > 1:
+                # one bad example is no reason to fail the others
+                for ask in asks:
+                    self._answer([ask])
+                return
+            asks[0].answer.set_exception(self._reason(asks[0], error))
+            return
+        start = 0
+        for ask in asks:
+            stop = start + len(ask.items)
+            own = [(_first(a, ask.k), _first(b, ask.k)) for a, b in found[start:stop]]
+            odd = [i for i, pair in enumerate(own) if not all(np.isfinite(ranked.scores).all() for ranked in pair)]
+            if odd:
+                ask.answer.set_exception(Refused(f"examples[{odd[0]}] has scores that are not finite"))
+            else:
+                ask.answer.set_result(own)
+            start = stop
+
+    def _top(self, items: list[Any], k: int) -> Answer:
+        self.batches.append(len(items))
+        with torch.inference_mode(False):
+            ranking = self.attributor.top(Items(items), k)
+        return [(row.proponents, row.opponents) for row in ranking]
+
+    def _reason(self, ask: Ask, error: Exception) -> Exception:
+        """Whether the examples are to blame: then the model alone refuses them too."""
+        attributor = self.attributor
+        for place, item in enumerate(ask.items):
+            try:
+                batch = batches.gather(Items([item]), [0], attributor.collate)
+                batch = batches.to(batch, attributor._bench.device)
+                value = attributor.task.differentiate(attributor._bench.model, batch, "output")[0]
+                if value.isfinite().all():
+                    continue
+                why = "its output is not finite"
+            except Exception as cause:
+                why = str(getattr(cause, "problem", cause)).splitlines()[0][:300] if str(cause) else "no reason given"
+            return Refused(f"the model does not take examples[{place}]: {why}")
+        if len(ask.items) > 1 and len({_form(item) for item in ask.items}) > 1:
+            return Refused("examples are of different sizes, which do not go into one batch; send them one by one")
+        _log.error("scoring failed", exc_info=error)
+        return error
+
+
+def _first(ranked: Ranked, k: int) -> Ranked:
+    return Ranked(ranked.indices[:k], ranked.scores[:k], ranked.stderr[:k])
+
+
+def _form(item: Any) -> tuple[Any, ...]:
+    """What must be equal for examples to go into one batch."""
+    return tuple(tuple(tensor.shape) for tensor in batches.tensors(item))
