@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import queue
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,41 +93,71 @@ def slow(store: Any = None) -> Served:
 @contextmanager
 def process(
     store: Path, task: str, *options: str, wait: float = 90, **environment: str
-) -> Iterator[tuple[subprocess.Popen[str], Client]]:
+) -> Iterator[tuple[Running, Client]]:
     """``byline serve`` in a process of its own, once it listens; killed at the end."""
     running = start(store, task, *options, **environment)
     try:
         yield running, Client(listening(running, wait), environment.get("BYLINE_TOKEN"), timeout=60)
     finally:
-        running.kill()
-        running.communicate()
+        running.end()
 
 
-def start(store: Path, task: str, *options: str, **environment: str) -> subprocess.Popen[str]:
+class Running(subprocess.Popen[str]):
+    """A service whose log is read all the time: one that nobody reads would stop at a full pipe."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **options)
+        self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.stderr is not None
+        for line in self.stderr:
+            self.lines.put(line)
+        self.lines.put(None)
+
+    def rest(self, wait: float = 60) -> list[str]:
+        """What of the log nobody has asked for yet, once the service has ended."""
+        self.wait(wait)
+        self._reader.join(wait)
+        found = []
+        while not self.lines.empty():
+            line = self.lines.get()
+            found += [] if line is None else [line]
+        return found
+
+    def end(self) -> None:
+        """Kill it."""
+        self.kill()
+        self.wait()
+        self._reader.join(10)
+
+
+def start(store: Path, task: str, *options: str, **environment: str) -> Running:
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
+    return Running(
         [sys.executable, "-m", "byline.cli", "serve", str(store), "--task", task, "--port", "0", *options],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
         cwd=here,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "BYLINE_TOKEN": "", **environment},
     )
 
 
-def listening(running: subprocess.Popen[str], wait: float = 90) -> str:
+def listening(running: Running, wait: float = 90) -> str:
     """The URL that a service names in its log; a line that is no JSON fails."""
     return str(until(running, "serving", wait)["url"])
 
 
-def until(running: subprocess.Popen[str], message: str, wait: float = 90) -> dict[str, Any]:
+def until(running: Running, message: str, wait: float = 90) -> dict[str, Any]:
     """Read the log up to a message."""
-    assert running.stderr is not None
     end, seen = time.monotonic() + wait, []
-    while time.monotonic() < end:
-        line = running.stderr.readline()
-        if not line:
+    while (left := end - time.monotonic()) > 0:
+        try:
+            line = running.lines.get(timeout=left)
+        except queue.Empty:
+            break
+        if line is None:
             break
         seen.append(line)
         found: dict[str, Any] = json.loads(line)

@@ -269,8 +269,9 @@ def test_requests_are_scored_together_and_answered_apart(ready):
     tests = examples(6, 1)
     asks = [worker.submit([tests[i], tests[i + 1]], 3 + i) for i in (0, 2, 4)]
     bad = worker.submit([(torch.zeros(5), torch.tensor(9))], 2)
-    worker.start()
+    # before the worker begins: an attributor serves one thread at a time
     want = ready.attributor.attribute(tests)
+    worker.start()
     for i, ask in zip((0, 2, 4), asks, strict=True):
         for place, (proponents, opponents) in enumerate(ask.result(30)):
             row = want.top(3 + i)[i + place]
