@@ -127,22 +127,23 @@ def _seconds(cell: dict[str, Any], queries: int) -> str:
 
 
 def _helped(result: dict[str, Any], cells: dict[tuple[str, str], Any]) -> str:
-    """Per ensemble, the methods whose LDS it moves beyond the intervals of one model's."""
+    """Per ensemble, the methods whose LDS it moves, by the interval of the difference from one model's."""
     lines = []
     for ensemble in result["ensembles"]:
-        if ensemble["name"] == "independent 1":
-            continue
         moved: dict[str, list[str]] = {"more": [], "no different": [], "less": []}
         for method in result["methods"]:
-            one = cells[method["name"], "independent 1"]["measures"].get("lds")
-            here = cells[method["name"], ensemble["name"]]["measures"].get("lds")
-            if not one or not here or one["mean"] is None or method["name"] == "random":
+            gain = (cells[method["name"], ensemble["name"]]["measures"].get("lds") or {}).get("gain")
+            if not gain or method["name"] == "random":
                 continue
-            how = "more" if here["low"] > one["high"] else "less" if here["high"] < one["low"] else "no different"
-            moved[how].append(f"{method['title']} ({here['mean'] - one['mean']:+.2f})")
+            how = "more" if gain["low"] > 0 else "less" if gain["high"] < 0 else "no different"
+            moved[how].append(f"{method['title']} {gain['mean']:+.2f} ({gain['low']:+.2f} to {gain['high']:+.2f})")
         said = "; ".join(f"**{how}**: {', '.join(found)}" for how, found in moved.items() if found)
-        lines.append(f"- {ensemble['name']} – {said}")
-    return "LDS against one model's, beyond both intervals or not:\n\n" + "\n".join(lines)
+        lines += [f"- {ensemble['name']} – {said}"] if said else []
+    head = (
+        "LDS minus that of one model, with the interval of the *difference* (both judged on the same resamples of test "
+        "examples and subsets, `byline.lds_difference`); **no different** where it holds zero:"
+    )
+    return head + "\n\n" + "\n".join(lines)
 
 
 def main() -> None:

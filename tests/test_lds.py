@@ -10,7 +10,7 @@ import torch
 from scipy.stats import spearmanr
 
 from byline.evaluate.bank import Bank
-from byline.evaluate.lds import lds, noise_ceiling
+from byline.evaluate.lds import lds, lds_difference, noise_ceiling
 
 
 def masks(subsets, n_train, rng):
@@ -156,3 +156,40 @@ def test_bad_input_gets_one_clear_error(bank):
         lds(np.zeros((12, 40)), Bank(bank.subsets[:2], bank.outputs[:2]))
     with pytest.raises(ValueError, match=r"confidence=1\.5"):
         lds(np.zeros((12, 40)), bank, confidence=1.5)
+
+
+def test_a_difference_is_that_of_the_means_on_the_same_resamples(rng):
+    subsets, weights = masks(40, 40, rng), rng.normal(size=(30, 40))
+    bank = Bank(subsets, np.repeat((weights @ subsets.T).T[:, None], 2, axis=1) + rng.normal(size=(40, 2, 30)))
+    good, better = weights + rng.normal(size=weights.shape), weights + rng.normal(size=weights.shape) * 0.8
+    found = lds_difference(better, good, bank)
+    one, two = lds(better, bank), lds(good, bank)
+    assert found.mean == pytest.approx(one.mean - two.mean)
+    np.testing.assert_allclose(found.per_example, one.per_example - two.per_example)
+    assert found.interval[0] < found.mean < found.interval[1]
+    # what is hard for both cancels
+    assert found.interval[1] - found.interval[0] < one.interval[1] - two.interval[0]
+    back = lds_difference(good, better, bank)
+    assert back.interval == pytest.approx((-found.interval[1], -found.interval[0]))
+    same = lds_difference(good, good, bank)
+    assert (same.mean, *same.interval) == (0, 0, 0)
+    assert "LDS difference" in repr(found)
+
+
+def test_the_interval_of_a_difference_covers_the_truth(rng):
+    """Two scores of equal quality: the interval of their difference holds zero about as often as it says."""
+    held = 0
+    for _ in range(60):
+        subsets, weights = masks(40, 30, rng), rng.normal(size=(20, 30))
+        bank = Bank(subsets, (weights @ subsets.T).T[:, None] + 3 * rng.normal(size=(40, 1, 20)))
+        one, two = (weights + rng.normal(size=weights.shape) for _ in range(2))
+        low, high = lds_difference(one, two, bank, bootstrap=300).interval
+        held += low <= 0 <= high
+    assert 50 <= held <= 60
+
+
+def test_a_baseline_of_another_shape_is_named(bank, rng):
+    with pytest.raises(ValueError, match=r"baseline: got shape \(12, 39\)"):
+        lds_difference(rng.normal(size=(12, 40)), rng.normal(size=(12, 39)), bank)
+    with pytest.raises(ValueError, match="bootstrap=0: expected a whole number of at least 1"):
+        lds_difference(rng.normal(size=(12, 40)), rng.normal(size=(12, 40)), bank, bootstrap=0)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from byline.ensembles import Dropout, Ensemble, Independent, LoRA, Trajectory, WeightNoise, train_lora
 from byline.evaluate.detection import class_detection, subclass_detection
-from byline.evaluate.lds import LDS, lds
+from byline.evaluate.lds import LDS, LDSDifference, lds, lds_difference
 from byline.evaluate.loo import leave_one_out, leave_one_out_subsets
 from byline.evaluate.measure import Measure
 from byline.evaluate.mislabel import flip_labels, mislabel_detection
@@ -56,6 +56,7 @@ __all__ = [
     "Independent",
     "Influence",
     "KNNShapley",
+    "LDSDifference",
     "Ledger",
     "LoRA",
     "Measure",
@@ -76,6 +77,7 @@ __all__ = [
     "class_detection",
     "flip_labels",
     "lds",
+    "lds_difference",
     "leave_one_out",
     "leave_one_out_subsets",
     "mislabel_detection",

@@ -88,30 +88,14 @@ def lds(scores: Any, bank: Bank, *, bootstrap: int = 1000, confidence: float = 0
     Raises:
         ValueError: If shapes do not match, a score is not finite, or the bank has fewer than 3 subsets.
     """
-    values = _values(scores)
-    if values.shape != (bank.n_test, bank.n_train):
-        raise ValueError(
-            f"scores: got shape {values.shape}; the bank expects (n_test, n_train) = ({bank.n_test}, {bank.n_train})"
-        )
-    if not np.isfinite(values).all():
-        z, i = np.argwhere(~np.isfinite(values))[0]
-        raise ValueError(f"scores: test example {z}, training example {i} is {values[z, i]}; expected finite numbers")
-    if len(bank.subsets) < 3:
-        raise ValueError(f"bank: has {len(bank.subsets)} subsets; a rank correlation needs at least 3")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence!r}: expected a number between 0 and 1")
-    if bootstrap < 0:
-        raise ValueError(f"bootstrap={bootstrap!r}: expected a whole number of at least 0")
-
-    predicted = values.astype(np.float64) @ bank.subsets.T.astype(np.float64)
-    actual = bank.outputs.astype(np.float64).mean(1).T
+    predicted, actual = _sums(scores, bank, "scores")
+    _check_bootstrap(bootstrap, confidence, 0)
     each = spearman(predicted, actual)
     valid = np.isfinite(each)
     interval = (float("nan"), float("nan"))
     if bootstrap and valid.any():
         means = _resample(predicted[valid], actual[valid], bootstrap, np.random.default_rng(seed))
-        low, high = np.nanquantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-        interval = (float(low), float(high))
+        interval = _quantiles(means, confidence)
     split_half, ceiling = noise_ceiling(bank)
     return LDS(
         mean=float(each[valid].mean()) if valid.any() else float("nan"),
@@ -123,6 +107,95 @@ def lds(scores: Any, bank: Bank, *, bootstrap: int = 1000, confidence: float = 0
         subsets=len(bank.subsets),
         confidence=confidence,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class LDSDifference:
+    """How much better one set of scores foretells retraining than another.
+
+    Attributes:
+        mean: Difference of the mean LDS, over the test examples that count for both.
+        interval: Bootstrap confidence interval of the difference, (low, high).
+        per_example: (n_test,) float64; NaN where either LDS is.
+        confidence: That of the interval.
+    """
+
+    mean: float
+    interval: tuple[float, float]
+    per_example: np.ndarray = field(repr=False)
+    confidence: float
+
+    def __float__(self) -> float:
+        return self.mean
+
+    def __repr__(self) -> str:
+        low, high = self.interval
+        return f"LDS difference {self.mean:+.3f}, {self.confidence * 100:g} % interval {low:+.3f} to {high:+.3f}"
+
+
+def lds_difference(
+    scores: Any, baseline: Any, bank: Bank, *, bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> LDSDifference:
+    """The LDS of scores minus that of a baseline's, against one bank.
+
+    Both are judged on the same resamples of subsets and test examples, so that what makes a bank or a test example
+    hard for both cancels: the interval is narrower than two intervals side by side suggest.
+
+    Args:
+        scores: `byline.Scores`, or an array or tensor, (n_test, n_train); positive means proponent.
+        baseline: The same, of what it is compared with.
+        bank: The ground truth of both.
+        bootstrap: Resamples for the interval.
+        confidence: Of the interval, between 0 and 1.
+        seed: Of the resamples.
+
+    Returns:
+        The difference with its interval.
+
+    Raises:
+        ValueError: If shapes do not match, a score is not finite, or the bank has fewer than 3 subsets.
+    """
+    mine, actual = _sums(scores, bank, "scores")
+    theirs, _ = _sums(baseline, bank, "baseline")
+    _check_bootstrap(bootstrap, confidence, 1)
+    each = spearman(mine, actual) - spearman(theirs, actual)
+    valid = np.isfinite(each)
+    if not valid.any():
+        nan = float("nan")
+        return LDSDifference(nan, (nan, nan), each, confidence)
+    # a generator each, alike: the same resamples
+    one, two = (
+        _resample(predicted[valid], actual[valid], bootstrap, np.random.default_rng(seed))
+        for predicted in (mine, theirs)
+    )
+    return LDSDifference(float(each[valid].mean()), _quantiles(one - two, confidence), each, confidence)
+
+
+def _sums(scores: Any, bank: Bank, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """What scores foretell of each subset, and what the bank says, both (n_test, subsets)."""
+    values = _values(scores)
+    if values.shape != (bank.n_test, bank.n_train):
+        raise ValueError(
+            f"{name}: got shape {values.shape}; the bank expects (n_test, n_train) = ({bank.n_test}, {bank.n_train})"
+        )
+    if not np.isfinite(values).all():
+        z, i = np.argwhere(~np.isfinite(values))[0]
+        raise ValueError(f"{name}: test example {z}, training example {i} is {values[z, i]}; expected finite numbers")
+    if len(bank.subsets) < 3:
+        raise ValueError(f"bank: has {len(bank.subsets)} subsets; a rank correlation needs at least 3")
+    return values.astype(np.float64) @ bank.subsets.T.astype(np.float64), bank.outputs.astype(np.float64).mean(1).T
+
+
+def _check_bootstrap(bootstrap: int, confidence: float, least: int) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence!r}: expected a number between 0 and 1")
+    if bootstrap < least:
+        raise ValueError(f"bootstrap={bootstrap!r}: expected a whole number of at least {least}")
+
+
+def _quantiles(draws: np.ndarray, confidence: float) -> tuple[float, float]:
+    low, high = np.nanquantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:

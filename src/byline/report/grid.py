@@ -62,6 +62,7 @@ def _map(
                     "ensemble": ensemble["name"],
                     "value": None if mean is None else f"{mean:.3f}",
                     "interval": None if mean is None else interval(figure),
+                    "gain": gain(figure.get("gain")),
                     "heat": 0 if mean is None else heat(mean),
                     "best": mean is not None and mean == best,
                     "why": cell["refused"] or "not measured",
@@ -86,6 +87,13 @@ def interval(figure: Mapping[str, Any]) -> str:
     return "" if figure.get("low") is None else f"{figure['low']:.2f} to {figure['high']:.2f}"
 
 
+def gain(figure: Mapping[str, Any] | None) -> str:
+    """`+0.04 (+0.02 to +0.06) against one model`, or nothing."""
+    if not figure:
+        return ""
+    return f"{figure['mean']:+.3f} ({figure['low']:+.3f} to {figure['high']:+.3f}) against one model"
+
+
 def _costs(result: Mapping[str, Any], cells: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
     """CPU seconds of fitting and of serving every query, and no heat: what is dear is not good."""
     queries = result["setting"]["n_test"]
@@ -100,6 +108,7 @@ def _costs(result: Mapping[str, Any], cells: Mapping[tuple[str, str], Any]) -> d
                     "ensemble": ensemble["name"],
                     "value": human_seconds(cell["fitting"]["seconds"]) if done else None,
                     "interval": f"+ {human_seconds(cell['serving']['seconds'] * queries)}" if done else None,
+                    "gain": "",
                     "heat": 0,
                     "best": False,
                     "why": cell["refused"],

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from byline.evaluate.bank import Bank
 from byline.evaluate.detection import class_detection
-from byline.evaluate.lds import lds
+from byline.evaluate.lds import lds, lds_difference
 from byline.evaluate.loo import leave_one_out, leave_one_out_subsets
 from byline.evaluate.mislabel import flip_labels, mislabel_detection
 from byline.evaluate.overlap import topk_overlap
@@ -68,8 +68,22 @@ class LDSJudge(Judge):
     def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any]:
         """Against the bank."""
         assert bank is not None
+        self.bank = bank
         found = lds(scores, bank, confidence=LEVEL)
         return _figure(found)
+
+    def across(self, cells: list[dict[str, Any]]) -> None:
+        """What an ensemble adds to one model's scores, on the same resamples."""
+        done = [cell for cell in cells if not cell["refused"]]
+        ones = {
+            cell["method"]: cell["_scores"] for cell in done if cell["kind"] == "independent" and cell["models"] == 1
+        }
+        for cell in done:
+            one = ones.get(cell["method"])
+            if one is not None and cell["_scores"] is not one and cell["measures"].get(self.name):
+                gain = lds_difference(cell["_scores"], one, self.bank, confidence=LEVEL)
+                low, high = gain.interval
+                cell["measures"][self.name]["gain"] = {"mean": gain.mean, "low": low, "high": high}
 
 
 class MislabelJudge(Judge):
