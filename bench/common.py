@@ -135,9 +135,10 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def save(path: Path | None, result: dict[str, Any]) -> None:
+def save(path: Path | None, result: dict[str, Any], quiet: bool = False) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"\nwritten to {path}")
+    if not quiet:
+        print(f"\nwritten to {path}")

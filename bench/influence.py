@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.metadata
+import json
 import sys
 import tempfile
 import warnings
@@ -123,6 +124,8 @@ def kronecker_cases(convolutions: bool) -> list[Case]:
 def dattri_cases(last: list[str], few: int, some: int) -> list[Case]:
     """dattri's solvers; those that need a convex loss on the last layer alone, where the Hessian is the GGN."""
     layer = {"params": last, "n_test": some}
+    # dattri's CG and LiSSA hold the activations of all training examples for each test example: 20 GB for 50 of them
+    one_by_one = {"params": last, "n_test": few}
     ekfac = {"output": "loss"}
     cg, lissa, arnoldi = 200, 300, 100
     return [
@@ -131,13 +134,13 @@ def dattri_cases(last: list[str], few: int, some: int) -> list[Case]:
             f"CG, {cg} steps, last layer",
             ours("cg", "hessian", solver_options={"iterations": cg, "tolerance": 1e-30}),
             [dattri("CG", options={"max_iter": cg})],
-            shared=layer,
+            shared=one_by_one,
         ),
         Case(
             f"LiSSA, {lissa} steps, last layer",
             ours("lissa", "hessian", 10.0, solver_options={"iterations": lissa, "tolerance": 0.0}),
             [dattri("LiSSA", options={"recursion_depth": lissa})],
-            shared=layer,
+            shared=one_by_one,
         ),
         Case(
             f"Arnoldi, top 50 of {arnoldi}, last layer",
@@ -245,11 +248,29 @@ def correlations(a: Any, b: Any) -> Figures:
 class Run:
     """Runs cases and keeps what they gave."""
 
-    def __init__(self, folder: Path, python: Path, options: argparse.Namespace, absent: dict[str, str]):
-        self.folder, self.python, self.options, self.absent = folder, python, options, absent
+    def __init__(self, folder: Path, python: Path, options: argparse.Namespace, about: Figures):
+        self.folder, self.python, self.options, self.about = folder, python, options, about
+        self.absent: dict[str, str] = about["left_out"]
         self.rows: list[Figures] = []
         self.checks: list[Figures] = []
         self.failed: list[Figures] = []
+        if options.json and options.json.exists():
+            found = json.loads(options.json.read_text(encoding="utf-8"))
+            if all(found.get(key) == self.about[key] for key in ("format", "asked", "left_out")):
+                self.rows, self.checks = found["rows"], found["checks"]
+
+    def known(self, case: Case) -> bool:
+        """Whether a run before this one has done all of it; what it did of it is forgotten otherwise."""
+        names = {row["name"] for row in self.rows if row["case"] == case.name}
+        wanted = {"byline", *(c["worker"] for c in case.theirs if c["worker"] not in self.absent)}
+        if wanted <= names:
+            return True
+        self.rows = [row for row in self.rows if row["case"] != case.name]
+        self.checks = [row for row in self.checks if row["case"] != case.name]
+        return False
+
+    def result(self) -> Figures:
+        return {**self.about, "rows": self.rows, "checks": self.checks, "failed": self.failed}
 
     def one(self, case: Case, contestant: dict[str, Any], name: str, repeats: int) -> Figures | None:
         print(f"  {case.name}: {name} …", flush=True)
@@ -380,10 +401,13 @@ def main() -> None:
     setting, states, _ = trained(out, 3, options.models, None, need_bank=False, name=options.setting)
     with tempfile.TemporaryDirectory(prefix="byline-influence-") as name:
         write_inputs(Path(name), setting, states)
-        run = Run(Path(name), python, options, absent)
+        asked = {key: getattr(options, key) for key in ("setting", "quick", "few", "some", "batch_size", "threads")}
+        kept = {"format": FORMAT, "asked": {**asked, "repeats": options.repeats}, "left_out": absent}
+        run = Run(Path(name), python, options, {**kept, "environment": about})
         for case in cases_of(setting, options):
-            if any(contestant["worker"] not in absent for contestant in case.theirs):
+            if not run.known(case) and any(contestant["worker"] not in absent for contestant in case.theirs):
                 run.case(case)
+                save(options.json, run.result(), quiet=True)
     print(f"\n{show(run.rows, run.checks)}\n")
     print(
         f"{options.setting}, batches of {options.batch_size}. Seconds of the CPU (of all threads), byline's and "
@@ -392,8 +416,7 @@ def main() -> None:
         "that of kronfluence, byline's total at most half of dattri's. Correlations are of each test example's scores "
         "with byline's, averaged over test examples."
     )
-    result = {"format": FORMAT, "environment": about, "batch_size": options.batch_size, "repeats": options.repeats}
-    save(options.json, {**result, "rows": run.rows, "checks": run.checks, "failed": run.failed, "left_out": absent})
+    save(options.json, run.result())
     if run.failed:
         raise SystemExit(f"{len(run.failed)} of {len(run.failed) + len(run.rows)} failed")
 
