@@ -138,3 +138,16 @@ def test_self_influence_with_its_error_is_that_of_the_diagonal():
     scores = attributor.attribute(train)
     np.testing.assert_allclose(values, np.diag(scores.values), rtol=1e-4)
     np.testing.assert_allclose(errors, np.diag(scores.stderr), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "exact"),
+    [(byline.TRAK, True), (byline.GradDot, True), (byline.Influence, True), (byline.GradCos, False)],
+)
+def test_a_kernel_leaves_the_residual_out(method, exact):
+    train = examples(0, 40)
+    task = byline.Task(MODELS[0])
+    attributor = method(task, byline.Independent(MODELS[:1]), progress=False).fit(train)
+    votes, q = attributor.votes(examples(1, 9)), task.residual(MODELS[0], train.tensors).numpy()
+    want = votes.mean() / q if exact else votes.mean()
+    np.testing.assert_allclose(votes.kernel(), want, rtol=1e-3, atol=1e-5 * np.abs(want).max())

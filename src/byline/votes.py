@@ -56,6 +56,7 @@ class Votes:
         models: (votes,) which trained model each belongs to, from 0.
         scale: What the weighted mean is multiplied by (TracIn's sum over a run).
         info: How they came about; JSON, as that of `byline.Scores`.
+        carried: (votes, n_train) Q, where a vote's columns are multiplied by it already (GradDot, Influence), else None.
     """
 
     values: Array
@@ -64,6 +65,7 @@ class Votes:
     models: Array
     scale: float = 1.0
     info: dict[str, Any] = field(default_factory=dict, repr=False)
+    carried: Array | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -106,6 +108,20 @@ class Votes:
         if self.residuals is not None:
             found *= share @ self.residuals
         return found * np.float32(self.scale) if self.scale != 1 else found
+
+    def kernel(self) -> Array:
+        """(n_test, n_train) float32: the mean without Q, in methods that have one: how alike two examples are.
+
+        Q is near zero for examples that a model has learnt. In scores these count for little, however alike they are
+        to the test example.
+        """
+        values = self.values
+        if self.carried is not None:
+            learnt = np.abs(self.carried) < 1e-30
+            values = values / np.where(learnt, 1, self.carried)[:, None]
+            values[np.broadcast_to(learnt[:, None], values.shape)] = 0
+        share = (self.weights / self.weights.sum()).astype(np.float32)
+        return np.einsum("m,mzi->zi", share, values)
 
     def scores(self) -> Scores:
         """All members together, with the standard deviation over resamples of `units` as the standard error.
@@ -259,7 +275,7 @@ class Collected:
         """This voter's rows ``start`` to ``stop``."""
         self.values[len(self.weights) - 1, start:stop] = block.detach().cpu().numpy()
 
-    def votes(self, models: Sequence[str], scale: float, info: dict[str, Any]) -> Votes:
+    def votes(self, models: Sequence[str], scale: float, carried: Array | None, info: dict[str, Any]) -> Votes:
         """All of them, once they are there."""
         numbers = {name: number for number, name in enumerate(dict.fromkeys(models))}
         return Votes(
@@ -268,5 +284,6 @@ class Collected:
             residuals=np.stack(self.residuals) if self.with_residuals else None,
             models=np.array([numbers[name] for name in models]),
             scale=scale,
+            carried=carried,
             info=info,
         )

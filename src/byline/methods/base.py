@@ -200,7 +200,10 @@ class Attributor(ABC):
         with phase(self.ledger, "serving"):
             self._vote(found, self._job(data, "test_set", "output"))
         models = [voter.member.weights.digest() for voter in self._voters]
-        return found.votes(models, self._scale(), self.info())
+        carried = None
+        if self._times_residual and self._of == "output":
+            carried = torch.stack([voter.residual for voter in self._voters]).numpy()
+        return found.votes(models, self._scale(), carried, self.info())
 
     def top(self, test_set: Any, k: int = 10) -> Ranking:
         """The strongest proponents and opponents of every test example, without a matrix (n_test, n_train).
@@ -292,6 +295,9 @@ class Attributor(ABC):
 
     _with_residuals = False
     """Whether members vote on Q and on the kernel apart (TRAK)."""
+
+    _times_residual = False
+    """Whether a vote on a training example is a kernel times its residual."""
 
     def _streams(self, voter: Voter) -> bool:
         """Whether what a member says of a training example needs no other training example once it is fitted."""
