@@ -56,7 +56,7 @@ class Votes:
         models: (votes,) which trained model each belongs to, from 0.
         scale: What the weighted mean is multiplied by (TracIn's sum over a run).
         info: How they came about; JSON, as that of `byline.Scores`.
-        carried: (votes, n_train) Q, where a vote's columns are multiplied by it already (GradDot, Influence), else None.
+        carried: (votes, n_train) Q, where a vote's columns are multiplied by it already (GradDot), else None.
     """
 
     values: Array
