@@ -52,7 +52,7 @@ def tabular(name: str) -> Any:
     )
 
 
-def rankings(setting: Any, given: Any) -> Iterator[tuple[str, Callable[[], Any], float]]:
+def rankings(setting: Any, given: Any, rows: int) -> Iterator[tuple[str, Callable[[], Any], float]]:
     """(name, what finds mislabels, FLOPs of its training) for each ranking."""
     import numpy as np
 
@@ -70,7 +70,7 @@ def rankings(setting: Any, given: Any) -> Iterator[tuple[str, Callable[[], Any],
     early = [run.checkpoints[epoch] for epoch in epochs]
     states = [one.state_dict for one in full]
     once, five, few = full[0].cost.flops, sum(one.cost.flops for one in full), run.cost.flops
-    task, rows = setting.task(), n
+    task = setting.task()
     fitted: dict[str, Any] = {}
 
     def attributor(key: str, kind: Any, members: Any) -> Any:
@@ -127,8 +127,6 @@ def rankings(setting: Any, given: Any) -> Iterator[tuple[str, Callable[[], Any],
 
 
 def measure(names: list[str], fractions: list[float]) -> list[dict[str, Any]]:
-    import numpy as np
-
     import byline
     from byline import settings
     from byline.settings.judges import labels_of, mask_of, relabelled
@@ -142,14 +140,13 @@ def measure(names: list[str], fractions: list[float]) -> list[dict[str, Any]]:
             flipped_setting = relabelled(base, fraction)
             given, flipped = labels_of(flipped_setting.train_set), mask_of(flipped_setting, fraction)
             print(f"  {name}, {fraction * 100:g} % flipped", flush=True)
-            for title, make, flops in rankings(flipped_setting, given):
+            for title, make, flops in rankings(flipped_setting, given, int(flipped.sum())):
                 found = make()
                 suspicion = found.every if isinstance(found, Mislabels) else found
                 measured = byline.mislabel_detection(suspicion, flipped)
                 right = None
                 if isinstance(found, Mislabels):
-                    top = np.arange(len(found)) < flipped.sum()
-                    hits = top & flipped[found.index]
+                    hits = flipped[found.index]
                     right = float((found.suggested[hits] == truth[found.index][hits]).mean())
                 precision = measured.details["average_precision"]
                 out.append(

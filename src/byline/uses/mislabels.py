@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 
+_ROOM = 2**26  # numbers that votes may take in memory
+
 
 @dataclass(frozen=True, eq=False)
 class Mislabels:
@@ -278,9 +280,10 @@ def _members_loss(attributor: Attributor) -> Array | None:
 
 def _opponents(attributor: Attributor, order: Array, k: int) -> Ranked:
     """The training examples that pull the outputs of others down most, but for the residual."""
-    parts = [
-        attributor.votes(Subset(attributor._train_set, order[a:b].tolist())) for a, b in batches.spans(len(order), 64)
-    ]
+    # votes of all members side by side: as many rows at a time as memory allows, for each pass reads the store once
+    step = max(1, _ROOM // (len(attributor._voters) * attributor.n_train_))
+    spans = batches.spans(len(order), step)
+    parts = (attributor.votes(Subset(attributor._train_set, order[a:b].tolist())) for a, b in spans)
     kernels = np.concatenate([part.kernel() for part in parts])
     errors = np.full_like(kernels, np.nan)
     return _lowest(kernels, errors, k)
