@@ -220,8 +220,8 @@ def settled(votes: Votes, target: float = 0.6, *, examples: int = 100, seed: int
     1910, Brown 1910). So r̄, which two members suffice to estimate, says how many are needed:
     ``target (1 - r̄) / (r̄ (1 - target))``.
 
-    It says that the ranking is repeatable. Whether it is *right* only retraining can say (`byline.lds`). On digits, where
-    the reliability reaches 0.5 to 0.6, more members add little to the LDS; a ranking to be quoted example by example
+    It says that the ranking is repeatable. Whether it is *right* only retraining can say (`byline.lds`). On digits,
+    beyond a reliability of 0.5 to 0.6 more members add little to the LDS; a ranking that is quoted example by example
     wants more.
 
     Args:
