@@ -34,6 +34,7 @@ from byline.methods import (
 from byline.scores import Ranking, Scores
 from byline.task import Task
 from byline.training import Recipe, Trainer, train_many
+from byline.votes import Votes, settled
 
 if TYPE_CHECKING:
     from byline.serve.client import Client
@@ -72,6 +73,7 @@ __all__ = [
     "TrackStar",
     "Trainer",
     "Trajectory",
+    "Votes",
     "WeightNoise",
     "brittleness",
     "class_detection",
@@ -83,6 +85,7 @@ __all__ = [
     "mislabel_detection",
     "removal_curve",
     "retrain",
+    "settled",
     "subclass_detection",
     "topk_overlap",
     "train_lora",

@@ -130,6 +130,61 @@ def bench(
     _compare(setting, folder, quick, as_json, command, data, width, names, where)
 
 
+@app.command(epilog="Example:  byline mislabels photos/   or   byline mislabels customers.csv --label churned")
+def mislabels(
+    data: Annotated[Path, typer.Argument(help="A folder with a folder of pictures for each class, or a CSV file.")],
+    label: Annotated[str | None, typer.Option(help="The column of a CSV file that holds the labels.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for mislabels.csv and mislabels.html.")] = Path("runs/mislabels"),
+    rows: Annotated[int, typer.Option(help="How many suspicious examples.", min=1)] = 50,
+    size: Annotated[int, typer.Option(help="Height and width that pictures are brought to.")] = 32,
+    epochs: Annotated[int, typer.Option(help="Of the one short training run.", min=1)] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Find the labels in your own pictures or table that are probably wrong: trains a small model, once."""
+    from byline.report.suspects import suspects_page
+    from byline.uses import own
+
+    console = Console(stderr=True)
+    with _one_sentence():
+        if data.is_dir():
+            if label is not None:
+                raise ValueError("--label is for CSV files; the classes of a folder are the folders in it")
+            found_data = own.read_images(data, size)
+        elif label is None:
+            raise ValueError(f"{data} is no folder; for a CSV file, name the column of labels with --label")
+        else:
+            found_data = own.read_table(data, label)
+        console.print(f"{escape(found_data.what)}: training a small model for {epochs} epochs", highlight=False)
+        found = own.look_for_mislabels(found_data, rows=rows, epochs=epochs)
+        frame = found.to_dataframe()
+        frame.insert(1, "name", [found_data.names[i] for i in found.index])
+        frame["evidence"] = [[found_data.names[i] for i in row] for row in found.evidence.indices]
+        out.mkdir(parents=True, exist_ok=True)
+        frame.to_csv(out / "mislabels.csv", index=False, errors="replace")
+        options = ["--label", label] if label is not None else []
+        command = shlex.join(["byline", "mislabels", str(data), *options, "--out", str(out), "--rows", str(rows)])
+        page = suspects_page(
+            found,
+            out / "mislabels.html",
+            title=found_data.what,
+            names=found_data.names,
+            pictures=found_data.pictures,
+            rows=found_data.rows,
+            command=command,
+        )
+    if as_json:
+        typer.echo(frame.to_json(orient="records"))
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("example", "given label", "perhaps", "suspicion"):
+        table.add_column(name)
+    for row in range(min(15, len(found))):
+        cells = (found_data.names[found.index[row]], str(found.given[row]), str(found.suggested[row]))
+        table.add_row(*map(escape, cells), f"{found.suspicion[row] * 100:.1f} %")
+    Console().print(table)
+    console.print(f"\nAll {len(found)}: {out / 'mislabels.csv'}; to look at: {page}", highlight=False)
+
+
 @app.command(epilog="Example:  byline serve runs/x --task my_project:served")
 def serve(
     store: Annotated[Path, typer.Argument(help="Folder of the store; what it lacks is computed first.")],

@@ -216,28 +216,47 @@ def _train_part(
     """Trains these models: their outputs, (members, n_test), and what the training cost."""
     ledger = Ledger()
     with ledger.phase("training"):
-        if hasattr(train_fn, "many"):
-            options = {"progress": advance} if isinstance(train_fn, Trainer) else {}
-            results = train_fn.many(
-                train_set, [index for index, _ in members], [seed for _, seed in members], **options
-            )
-            if not options:
-                advance(len(members))
-        else:
-            results = []
-            for index, seed in members:
-                results.append(train_fn(Subset(train_set, index.tolist()), seed))
-                advance(1)
-    if len(results) != len(members):
-        raise ValueError(f"train_fn.many: got {len(results)} models for {len(members)} seeds; expected one for each")
+        results = train_each(train_fn, train_set, members, advance)
     cost = ledger.training
     cost.flops = sum(result.flops for result in results if isinstance(result, Run))
     outputs = np.stack([_outputs(task, result, test, batch_size) for result in results])
     return outputs, cost
 
 
+def train_each(
+    train_fn: Any, train_set: Any, members: list[tuple[np.ndarray, int]], advance: Callable[[float], None]
+) -> list[Any]:
+    """What a training function gives for each (places in the training set, seed)."""
+    if hasattr(train_fn, "many"):
+        options = {"progress": advance} if isinstance(train_fn, Trainer) else {}
+        results = train_fn.many(train_set, [index for index, _ in members], [seed for _, seed in members], **options)
+        if not options:
+            advance(len(members))
+    else:
+        results = []
+        for index, seed in members:
+            results.append(train_fn(Subset(train_set, index.tolist()), seed))
+            advance(1)
+    if len(results) != len(members):
+        raise ValueError(f"train_fn.many: got {len(results)} models for {len(members)} seeds; expected one for each")
+    return results
+
+
 def _outputs(task: HasOutput, trained: Any, test: Batch, batch_size: int) -> np.ndarray:
     """A trained model's outputs, (n_test,) float32."""
+    model = model_of(task, trained)
+    with torch.no_grad():
+        spans = batches.spans(batches.size(test), batch_size)
+        parts = [task.output(model, batches.take(test, *span)).cpu().float() for span in spans]
+    return torch.cat(parts).numpy()
+
+
+def model_of(task: HasOutput, trained: Any) -> nn.Module:
+    """What a training function gave, as a model in eval mode.
+
+    Raises:
+        ValueError: It is neither a module nor a state_dict.
+    """
     if isinstance(trained, Run):
         trained = trained.state_dict
     if isinstance(trained, Mapping):
@@ -247,11 +266,7 @@ def _outputs(task: HasOutput, trained: Any, test: Batch, batch_size: int) -> np.
         model = trained
     else:
         raise ValueError(f"train_fn: got {type(trained).__name__}; expected a module or a state_dict")
-    model.eval()
-    with torch.no_grad():
-        spans = batches.spans(batches.size(test), batch_size)
-        parts = [task.output(model, batches.take(test, *span)).cpu().float() for span in spans]
-    return torch.cat(parts).numpy()
+    return model.eval()
 
 
 def _same(made: dict[str, Any], found: dict[str, Any], path: str | Path | None) -> None:

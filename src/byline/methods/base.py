@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -30,9 +30,11 @@ from byline.progress import bar
 from byline.scores import Ranking, Scores, check_k, matrix
 from byline.store import Store, Stored, StoredRows
 from byline.task import ParamFilter, Task
+from byline.votes import Collected, Votes, collect
 
 Scorer = Callable[[Rows], Tensor]
 """Rows of a test batch -> (B, n_train) what one member says."""
+Mean = TypeVar("Mean", RunningMean, Collected)
 Prepare = Callable[[Rows], Query]
 """Rows of a test batch -> what is held of them while training examples pass by."""
 
@@ -180,6 +182,29 @@ class Attributor(ABC):
             values, stderr = self._finish(self._vote(mean, job))
         return Scores(values, stderr, self.info())
 
+    def votes(self, test_set: Any) -> Votes:
+        """What each member says, apart: for intervals of ranks, sums and shares (`byline.Votes`).
+
+        Args:
+            test_set: any map-style torch Dataset of batches like the training set's.
+
+        Returns:
+            votes (members, n_test, n_train), of which the mean is what `attribute` gives; in a memory-mapped file
+            where they are large.
+        """
+        self._check_fitted()
+        data = batches.as_dataset(test_set, "test_set")
+        folder = None if self.store.path is None else self.store.path / "scores"
+        shape = (len(data), self.n_train_)
+        found = collect(shape, lambda s: matrix(s, _IN_MEMORY, folder), len(self._voters), self._with_residuals)
+        with phase(self.ledger, "serving"):
+            self._vote(found, self._job(data, "test_set", "output"))
+        models = [voter.member.weights.digest() for voter in self._voters]
+        carried = None
+        if self._times_residual and self._of == "output":
+            carried = torch.stack([voter.residual for voter in self._voters]).numpy()
+        return found.votes(models, self._scale(), carried, self.info())
+
     def top(self, test_set: Any, k: int = 10) -> Ranking:
         """The strongest proponents and opponents of every test example, without a matrix (n_test, n_train).
 
@@ -238,13 +263,21 @@ class Attributor(ABC):
             return 0
         return sum(self._stored(voter).columns for voter in self._voters)
 
-    def self_influence(self) -> np.ndarray:
-        """The score of every training example for itself, (n_train,): ``attribute(train_set)``'s diagonal."""
+    @overload
+    def self_influence(self) -> np.ndarray: ...
+    @overload
+    def self_influence(self, stderr: Literal[True]) -> tuple[np.ndarray, np.ndarray]: ...
+    def self_influence(self, stderr: bool = False) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """The score of every training example for itself, (n_train,): ``attribute(train_set)``'s diagonal.
+
+        Args:
+            stderr: also give its standard error over members, (n_train,).
+        """
         self._check_fitted()
         mean = RunningMean(lambda: np.zeros((1, self.n_train_), np.float32), self._with_residuals)
         with phase(self.ledger, "serving"):
-            values, _ = self._finish(self._vote(mean, None))
-        return values[0]
+            values, errors = self._finish(self._vote(mean, None))
+        return (values[0], errors[0]) if stderr else values[0]
 
     def info(self) -> dict[str, Any]:
         """How scores come about, for their record."""
@@ -262,6 +295,9 @@ class Attributor(ABC):
 
     _with_residuals = False
     """Whether members vote on Q and on the kernel apart (TRAK)."""
+
+    _times_residual = False
+    """Whether a vote on a training example is a kernel times its residual."""
 
     def _streams(self, voter: Voter) -> bool:
         """Whether what a member says of a training example needs no other training example once it is fitted."""
@@ -301,7 +337,7 @@ class Attributor(ABC):
         for start, stop, rows in stream_rows(job, voter.member, self._state(voter), self._bench):
             yield start, stop, scorer(self._keyed(rows, voter, shared))
 
-    def _vote(self, mean: RunningMean, job: Job | None) -> RunningMean:
+    def _vote(self, mean: Mean, job: Job | None) -> Mean:
         """Take the mean of what all members say of test examples, or of the training examples for themselves."""
         shared = self._shared()
         self._products = Products(shared)
@@ -351,6 +387,10 @@ class Attributor(ABC):
 
     def _prepare(self) -> None:  # noqa: B027 - most methods need nothing more
         """Whatever fitting does beyond the features."""
+
+    def _scale(self) -> float:
+        """What the weighted mean over members is multiplied by."""
+        return 1.0
 
     def _finish(self, mean: RunningMean, place: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """Scores and standard errors of the training examples at ``place``, when all members have voted."""

@@ -109,6 +109,7 @@ class Influence(Attributor):
         self.solver, self.normalization = solver, normalization
         self.curvature = self._chosen() if curvature == "auto" else curvature
         self.seed = check_seed(seed)
+        self._times_residual = normalization is None
         self._check_combination()
 
     def _chosen(self) -> str:

@@ -18,6 +18,8 @@ from byline.methods.streaming import Query
 class GradDot(Attributor):
     """Inner products of the output's gradient with the negated loss gradient, under any ensemble."""
 
+    _times_residual = True
+
     def _streams(self, voter: Voter) -> bool:
         return True
 
@@ -43,6 +45,8 @@ class GradDot(Attributor):
 
 class GradCos(GradDot):
     """Cosines between the output's gradient and the negated loss gradient; 0 where one of them is 0."""
+
+    _times_residual = False
 
     def _query(self, voter: Voter) -> Prepare:
         columns, scale = self._stored(voter).columns, self._loss_scale(voter)

@@ -17,12 +17,18 @@ from byline.methods.similarity import GradDot
 class TracIn(GradDot):
     """Inner products along training, weighted by step sizes where the ensemble has them."""
 
+    def _scale(self) -> float:
+        members = self.ensemble.members()
+        if not any(member.weighted for member in members):
+            return 1.0
+        # a weighted mean times the sum of the weights is the weighted sum, of all runs
+        total = sum(voter.weight for voter in self._voters)
+        return total / len({member.run for member in members}) / self._copies()
+
     def _finish(self, mean: RunningMean, place: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         values, error = super()._finish(mean, place)
-        members = self.ensemble.members()
-        if any(member.weighted for member in members):
-            # a weighted mean times the sum of the weights is the weighted sum, of all runs
-            scale = mean.total / len({member.run for member in members}) / self._copies()
+        scale = self._scale()
+        if scale != 1:
             values *= scale
             error *= scale
         return values, error

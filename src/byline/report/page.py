@@ -29,11 +29,27 @@ def build(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
         result: what `byline.settings.bench.run` or `byline.settings.grid.run` returns and writes as JSON.
         path: where to write; the folder is made if there is none.
     """
+    return _placed(render(result), path)
+
+
+def write(template: str, content: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Writes a page without plots as one HTML file and returns its path.
+
+    Args:
+        template: Its name among the assets; it extends the base.
+        content: What it places.
+        path: Where to write; the folder is made if there is none.
+    """
+    return _placed(_rendered(template, content, ""), path)
+
+
+def _placed(text: str, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and moved into place: a reader never sees half a report.
     partial = target.with_name(target.name + ".partial")
-    partial.write_text(render(result), encoding="utf-8")
+    # A file name may hold bytes that are no text, which Python reads as lone surrogates.
+    partial.write_text(text, encoding="utf-8", errors="replace")
     os.replace(partial, target)
     return target
 
@@ -42,6 +58,21 @@ def render(result: Mapping[str, Any]) -> str:
     """The report as a string of HTML."""
     from plotly.offline import get_plotlyjs
 
+    grid = result.get("kind") == "grid"
+    content = {
+        "setting": result["setting"],
+        "facts": _facts(result),
+        "level": f"{result.get('bank', {}).get('level', 0.95) * 100:g} %",
+        "notes": result.get("notes", []),
+        "environment": result.get("environment", {}),
+        "command": result.get("command", ""),
+        "numbers": "grid.json" if grid else "results.json",
+        **(grid_content(result) if grid else _content(result)),
+    }
+    return _rendered("grid.html.j2" if grid else "report.html.j2", content, get_plotlyjs())
+
+
+def _rendered(template: str, content: Mapping[str, Any], plotly: str) -> str:
     environment = Environment(
         loader=PackageLoader("byline.report", "assets"),
         autoescape=True,
@@ -50,20 +81,12 @@ def render(result: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     assets = Path(__file__).parent / "assets"
-    grid = result.get("kind") == "grid"
-    return environment.get_template("grid.html.j2" if grid else "report.html.j2").render(
-        setting=result["setting"],
-        facts=_facts(result),
-        level=f"{result.get('bank', {}).get('level', 0.95) * 100:g} %",
-        notes=result.get("notes", []),
-        environment=result.get("environment", {}),
-        command=result.get("command", ""),
-        numbers="grid.json" if grid else "results.json",
+    return environment.get_template(template).render(
         # These three are our own files and plotly's, not data: they go in as they are.
         css=Markup((assets / "report.css").read_text(encoding="utf-8")),
         script=Markup((assets / "report.js").read_text(encoding="utf-8")),
-        plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
-        **(grid_content(result) if grid else _content(result)),
+        plotly=Markup(plotly.replace("</script", "<\\/script")),
+        **content,
     )
 
 
