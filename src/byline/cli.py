@@ -130,6 +130,37 @@ def bench(
     _compare(setting, folder, quick, as_json, command, data, width, names, where)
 
 
+@app.command(epilog="Example:  byline report scores.safetensors --examples my_project:shown --out report.html")
+def report(
+    scores: Annotated[Path, typer.Argument(help="What scores.save(...) wrote.")],
+    examples: Annotated[
+        str | None,
+        typer.Option(help="module:object, how examples are shown: a dict of byline.report.scores_page's arguments."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
+    k: Annotated[int, typer.Option("-k", help="Proponents and opponents of each test example.", min=1)] = 5,
+    most: Annotated[int, typer.Option("--most", help="At most so many test examples.", min=1)] = 50,
+) -> None:
+    """Write a page about scores: proponents and opponents with error bars, in one file that needs no network."""
+    from byline.names import named
+    from byline.report import scores_page
+    from byline.scores import Scores
+
+    with _one_sentence():
+        found = Scores.load(scores)
+        shown = {} if examples is None else named(examples, "examples")
+        shown = shown() if callable(shown) else shown
+        known = {"train", "test", "self_influence", "suspects", "shares", "ledger", "title"}
+        if not isinstance(shown, Mapping) or not set(shown) <= known:
+            got = sorted(set(shown) - known) if isinstance(shown, Mapping) else type(shown).__name__
+            raise ValueError(f"examples is {examples!r}, which gives {got}; expected a dict with {sorted(known)}")
+        named_too = ["--examples", examples] if examples is not None else []
+        command = shlex.join(["byline", "report", str(scores), *named_too, "--out", str(out)])
+        options = {"title": scores.name, "command": command, **shown}
+        page = scores_page(found, out, k=k, examples=most, **options)
+    Console(stderr=True).print(f"Report: {page}", highlight=False)
+
+
 @app.command(epilog="Example:  byline mislabels photos/   or   byline mislabels customers.csv --label churned")
 def mislabels(
     data: Annotated[Path, typer.Argument(help="A folder with a folder of pictures for each class, or a CSV file.")],

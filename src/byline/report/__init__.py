@@ -1,6 +1,7 @@
 """The offline report: one HTML file that shows efficacy beside cost, with everything it needs inside."""
 
 from byline.report.page import build, render
+from byline.report.scores import Shown, scores_page
 from byline.report.words import as_good_as, percent, verdict
 
-__all__ = ["as_good_as", "build", "percent", "render", "verdict"]
+__all__ = ["Shown", "as_good_as", "build", "percent", "render", "scores_page", "verdict"]

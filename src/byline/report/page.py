@@ -97,7 +97,7 @@ def _content(result: Mapping[str, Any]) -> dict[str, Any]:
         "rows": _rows(rows, bank.get("ceiling")),
         "plots": figures(rows),
         "legend": legend(rows),
-        "examples": [_example(example) for example in result.get("examples", [])],
+        "examples": [example_of(example) for example in result.get("examples", [])],
         "has_bounds": {(row.get("saved") or {}).get("bound") for row in rows},
         "ceiling": bank.get("ceiling"),
     }
@@ -172,7 +172,8 @@ def _cost(row: Mapping[str, Any], part: str) -> dict[str, Any]:
     }
 
 
-def _example(example: Mapping[str, Any]) -> dict[str, Any]:
+def example_of(example: Mapping[str, Any]) -> dict[str, Any]:
+    """A test example and its strongest training examples, as the templates place them."""
     found = [*example["proponents"], *example["opponents"]]
     reach = max((abs(item["score"]) + (item["stderr"] or 0.0) for item in found), default=1.0) or 1.0
 
@@ -180,7 +181,7 @@ def _example(example: Mapping[str, Any]) -> dict[str, Any]:
         error = one["stderr"] or 0.0
         middle = 50 + 46 * one["score"] / reach
         return {
-            **_picture(one, f"{side}: training example {one['index']}, label {one['label']}"),
+            **picture_of(one, f"{side}: training example {one['index']}, label {one['label']}"),
             "index": one["index"],
             "label": one["label"],
             "score": f"{one['score']:+.3g}",
@@ -191,7 +192,7 @@ def _example(example: Mapping[str, Any]) -> dict[str, Any]:
         }
 
     return {
-        **_picture(example, f"test example {example['index']}, label {example['label']}"),
+        **picture_of(example, f"test example {example['index']}, label {example['label']}"),
         "index": example["index"],
         "label": example["label"],
         "predicted": example.get("predicted"),
@@ -211,7 +212,8 @@ def _example(example: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _picture(example: Mapping[str, Any], alt: str) -> dict[str, Any]:
+def picture_of(example: Mapping[str, Any], alt: str) -> dict[str, Any]:
+    """An example's picture or text, and what is read aloud in its place."""
     image = example.get("image")
     return {
         "src": None if image is None else data_uri(image),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from byline.methods.base import Attributor
+from byline.names import named
 from byline.store import Store
 
 
@@ -81,20 +81,7 @@ def load(spec: str, store: str | os.PathLike[str] | None = None) -> Served:
     Raises:
         ValueError: there is no such module or object, or it is something else.
     """
-    name, _, attribute = spec.partition(":")
-    if not name or not attribute:
-        raise ValueError(f"task is {spec!r}; expected module:object, such as my_project.models:served")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"task is {spec!r}, and importing {name} fails: {error}") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"task is {spec!r}, and {name} has no {attribute}")
-        found = getattr(found, part)
+    found = named(spec, "task")
     if callable(found) and not isinstance(found, Attributor | Served):
         wants = "store" in inspect.signature(found).parameters
         found = found(store=store) if wants else found()
