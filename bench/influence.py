@@ -124,8 +124,8 @@ def kronecker_cases(convolutions: bool) -> list[Case]:
 def dattri_cases(last: list[str], few: int, some: int) -> list[Case]:
     """dattri's solvers; those that need a convex loss on the last layer alone, where the Hessian is the GGN."""
     layer = {"params": last, "n_test": some}
-    # dattri's CG and LiSSA hold the activations of all training examples for each test example: 20 GB for 50 of them
-    one_by_one = {"params": last, "n_test": few}
+    # dattri's CG and LiSSA keep what each of their steps needs: of 5000 training examples and 200 steps beyond 20 GB
+    one_by_one = {"params": last, "n_test": few, "n_train": 500}
     ekfac = {"output": "loss"}
     cg, lissa, arnoldi = 200, 300, 100
     return [
