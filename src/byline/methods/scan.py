@@ -39,7 +39,7 @@ class Vectors:
 
     @cached_property
     def halves(self) -> tuple[Tensor, Tensor]:
-        """(2B, k) the vectors' upper and lower 7 bits, each in units of the vector's largest entry; and those (B, 1)."""
+        """(2B, k) the vectors' upper and lower 7 bits, in units of each vector's largest entry, and that, (B, 1)."""
         largest = self.values.abs().amax(1, keepdim=True)
         unit = self.values / torch.where(largest > 0, largest, 1.0)
         high = (unit * _STEPS).round() / _STEPS
