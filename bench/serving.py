@@ -114,6 +114,9 @@ def scoring(options: argparse.Namespace, attributor: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     # float32 and int8 take turns, as their ratio is asked for; float16 comes when there is room again
     for dtypes in (("float32", "int8"), ("float16",)):
+        dtypes = tuple(dtype for dtype in dtypes if dtype in options.dtypes)
+        if not dtypes:
+            continue
         held.clear()
         attributor._resident = {}
         works: dict[str, Any] = {"plain": lambda: float(plain.sum())}
@@ -134,7 +137,7 @@ def scoring(options: argparse.Namespace, attributor: Any) -> dict[str, Any]:
                     one[f"{part}_of_plain_{clock}"] = median(
                         [a * sizes[dtype] / b for a, b in zip(reads, spent, strict=True)]
                     )
-                    if dtype == "int8":
+                    if dtype == "int8" and "float32" in dtypes:
                         full = [getattr(t, clock) for t in times[f"{part} float32"]]
                         one[f"{part}_faster_{clock}"] = median([a / b for a, b in zip(full, spent, strict=True)])
             found[dtype] = one
@@ -210,7 +213,8 @@ def asked(client: Any, clients: int, requests: int) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = options.rows * options.columns * options.members
-    check_memory(rows * (WIDTHS["float32"] + WIDTHS["int8"]) + 4 * PLAIN + 2**30)
+    at_once = max(WIDTHS[dtype] for dtype in options.dtypes) + WIDTHS["int8"] * (len(options.dtypes) > 1)
+    check_memory(rows * at_once + 4 * PLAIN * (options.part != "service") + 2**30)
     attributor, train_set = made(options.rows, options.columns, options.members, options.method)
     from byline.store import Store
 
@@ -220,11 +224,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     print(
         f"  a store of {options.rows} × {attributor.columns()} numbers: {time.perf_counter() - begun:.0f} s", flush=True
     )
-    found: dict[str, Any] = {"columns": attributor.columns(), "scoring": scoring(options, attributor), "service": {}}
-    print(f"\n{show_scoring(found['scoring'])}\n", flush=True)
+    found: dict[str, Any] = {"columns": attributor.columns(), "scoring": {}, "service": {}}
+    if options.part != "service":
+        found["scoring"] = scoring(options, attributor)
+        print(f"\n{show_scoring(found['scoring'])}\n", flush=True)
     want = attributor.top(queries(1), 10).proponents.indices[0].tolist()
     del attributor
-    for dtype in ("float32", "int8"):
+    for dtype in options.dtypes if options.part != "scoring" else ():
         with service(options, folder, dtype) as client:
             got = [row["index"] for row in client.attribute(queries(1), 10)[0]["proponents"]]
             if dtype == "float32" and got != want:
@@ -239,7 +245,7 @@ def show_scoring(found: dict[str, Any]) -> str:
     def line(dtype: str, part: str) -> list[str]:
         one = found[dtype]
         shares = [f"{one[f'{part}_of_plain_{clock}'] * 100:.0f} %" for clock in ("wall", "cpu")]
-        faster = [f"{one[f'{part}_faster_{c}']:.2f} ×" if dtype == "int8" else "" for c in ("wall", "cpu")]
+        faster = [f"{one[f'{part}_faster_{c}']:.2f} ×" if f"{part}_faster_{c}" in one else "" for c in ("wall", "cpu")]
         speed = f"{one['bytes'] / one[f'{part}_wall'] / 1e9:.2f} GB/s"
         plain = f"{one['plain_wall'] / 1e9:.2f} GB/s"
         return [f"{dtype}, {part}", f"{one['bytes'] / 1e9:.2f} GB", seconds(one[f"{part}_wall"]), speed, plain, *shares,
@@ -272,12 +278,17 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8, help="that ask at once (%(default)s)")
     parser.add_argument("--requests", type=int, default=25, help="of each client (%(default)s)")
     parser.add_argument("--repeats", type=int, default=9, help="turns, after a first (%(default)s)")
+    parser.add_argument("--dtypes", default="float32,int8,float16", help="what rows are kept as (%(default)s)")
+    parser.add_argument("--part", choices=("scoring", "service"), help="one of the two; both when left out")
     parser.add_argument("--quick", action="store_true", help="8000 × 512 × 2: a check, not a measurement")
     parser.add_argument("--folder", type=Path, help="where the store is made, and removed (a temporary folder)")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     if options.quick:
         options.rows, options.columns, options.members, options.repeats, options.requests = 8000, 512, 2, 3, 5
+    options.dtypes = options.dtypes.split(",")
+    if not set(options.dtypes) <= set(WIDTHS):
+        raise SystemExit(f"--dtypes is {','.join(options.dtypes)}; expected some of {','.join(WIDTHS)}")
     import torch
 
     if options.threads:
@@ -286,14 +297,16 @@ def main() -> None:
     about = environment()
     with tempfile.TemporaryDirectory(prefix="byline-serving-", dir=options.folder) as folder:
         found = measure(options, Path(folder))
-    print(show_service(found["service"]))
-    int8, full = found["scoring"]["int8"], found["scoring"]["float32"]
-    found["targets"] = {
-        "bandwidth": {"of_plain": full["answer_of_plain_wall"], "target": BANDWIDTH},
-        "faster": {"int8": int8["answer_faster_wall"], "target": FASTER},
-    }
-    print(f"\nfloat32 answers at {full['answer_of_plain_wall'] * 100:.0f} % of plain reads (target: 60 %); "
-          f"int8 is {int8['answer_faster_wall']:.2f} × as fast (target: 2.5 ×)")  # fmt: skip
+    if found["service"]:
+        print(show_service(found["service"]))
+    full, int8 = found["scoring"].get("float32"), found["scoring"].get("int8")
+    if full and int8:
+        found["targets"] = {
+            "bandwidth": {"of_plain": full["answer_of_plain_wall"], "target": BANDWIDTH},
+            "faster": {"int8": int8["answer_faster_wall"], "target": FASTER},
+        }
+        print(f"float32 answers at {full['answer_of_plain_wall'] * 100:.0f} % of plain reads (target: 60 %); "
+              f"int8 is {int8['answer_faster_wall']:.2f} × as fast (target: 2.5 ×)")  # fmt: skip
     print("On a busy machine the clock says more about the others: look at the CPU seconds.")
     asked_for = {name: getattr(options, name) for name in ("rows", "columns", "members", "method", "threads")}
     save(options.json, {"format": FORMAT, "environment": about, "settings": asked_for, **found})

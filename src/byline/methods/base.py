@@ -224,7 +224,7 @@ class Attributor(ABC):
         scan.check_dtype(dtype)
         self._resident, self._held_states = {}, {}
         if self.columns():
-            places = streaming.spans(self, self._voters)
+            places = streaming.spans(self, self._voters, resident=True)
             for voter in self._voters:
                 stored, key = self._stored(voter), voter.member.identity("gradient")
                 self._held_states[key] = self._state(voter)

@@ -100,7 +100,7 @@ class Worker:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
-    def cost(self) -> dict[str, float | None]:
+    def cost(self) -> dict[str, float]:
         """Queries so far, CPU seconds and seconds on the clock of one, and the bytes of the store."""
         spent, each = self.ledger.serving, self.scored or float("nan")
         return {
