@@ -102,6 +102,21 @@ def test_health_metrics_and_openapi(client):
     assert document["components"]["schemas"]["Binary"]["required"] == ["base64", "dtype", "shape"]
 
 
+def test_what_a_query_costs_is_measured(client, ready):
+    before = client.get("/v1/info").json()["cost"]
+    client.post("/v1/attribute", json={"examples": plain(examples(4, 1))})
+    cost, ledger = client.get("/v1/info").json()["cost"], client.app.state.worker.ledger
+    assert cost["queries"] == before["queries"] + 4
+    assert cost["seconds"] * cost["queries"] == pytest.approx(ledger.serving.seconds)
+    assert cost["wall"] * cost["queries"] == pytest.approx(ledger.serving.wall)
+    assert min(cost["seconds"], cost["wall"]) > 0
+    assert cost["store_bytes"] == ready.attributor.store.nbytes() > 0
+    text = client.get("/metrics").text
+    for name, key in (("query_cpu_seconds", "seconds"), ("query_seconds", "wall"), ("store_bytes", "store_bytes")):
+        line = next(line for line in text.splitlines() if line.startswith(f"byline_{name} "))
+        assert float(line.split()[1]) == pytest.approx(cost[key])
+
+
 X, Y = [0.1, 0.2, 0.3, 0.4, 0.5], 1
 BAD = [
     ("[", 400, "no JSON"),

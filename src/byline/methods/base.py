@@ -146,6 +146,7 @@ class Attributor(ABC):
             )
             self._train_set, self.n_train_ = data, len(data)
             self._bench = Workbench(self.task, data, self.collate, self.device)
+            self._held_states: dict[str, State] = {}
             self._write()
             self._voters = self._gather()
             self._resident: dict[str, scan.Resident] = {}
@@ -246,13 +247,13 @@ class Attributor(ABC):
         """
         self._check_fitted()
         scan.check_dtype(dtype)
-        self._resident = {}
+        self._resident, self._held_states = {}, {}
         if self.columns():
-            places = streaming.spans(self, self._voters)
+            places = streaming.spans(self, self._voters, resident=True)
             for voter in self._voters:
-                stored = self._stored(voter)
-                found = scan.Resident.load((stored.read(a, b)["rows"] for a, b in places), dtype)
-                self._resident[voter.member.identity("gradient")] = found
+                stored, key = self._stored(voter), voter.member.identity("gradient")
+                self._held_states[key] = self._state(voter)
+                self._resident[key] = scan.Resident.load((stored.read(a, b)["rows"] for a, b in places), dtype)
         self._warm()
         return sum(rows.nbytes for rows in self._resident.values())
 
@@ -362,7 +363,7 @@ class Attributor(ABC):
 
     def _sent(self) -> dict[str, Any]:
         """The attributes of a copy in another process, which makes for itself what it has of its own."""
-        own = ("store", "engine", "ledger", "_bench", "_products", "_resident", "_held_norms")
+        own = ("store", "engine", "ledger", "_bench", "_products", "_resident", "_held_states", "_held_norms")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def _noted(self) -> dict[str, Any]:
@@ -417,7 +418,8 @@ class Attributor(ABC):
 
     def _state(self, voter: Voter) -> State:
         """What the features learnt from the training set for a member."""
-        found = self.store.state(member_key(voter.member.identity("gradient"), self._of))
+        key = voter.member.identity("gradient")
+        found = self._held_states.get(key) or self.store.state(member_key(key, self._of))
         assert found is not None, "fit keeps what the features learnt"
         return found
 
@@ -431,10 +433,12 @@ class Attributor(ABC):
 
     def _dots(self, rows: Rows) -> Callable[[Any], Tensor]:
         """The kernel of test rows against rows of training examples, read from the store or resident."""
+        vectors = scan.Vectors(rows["rows"]) if self.features.linear else None
 
         def dots(train: Any) -> Tensor:
             if isinstance(train, scan.Chunk):
-                return train.dots(rows["rows"])
+                assert vectors is not None, "only linear rows are held"
+                return train.dots(vectors)
             return self.features.kernel(rows, train, self._products)
 
         return dots

@@ -266,10 +266,11 @@ class Influence(Attributor):
             self.ledger.add_flops("serving", 2.0 * vectors.numel() * self.n_train_)
         # small enough for the gradients of a slice, or for what stands between the two factors
         step = max(1, _NUMBERS // max(vectors.shape[1], read.widest * len(vectors)))
+        held = scan.Vectors(vectors)
 
         def against(train: Any, a: int, b: int) -> Tensor:
             if isinstance(train, scan.Chunk):
-                votes = train.dots(vectors)
+                votes = train.dots(held)
             else:
                 parts = batches.spans(b - a, step)
                 votes = torch.cat([read.products(vectors, {k: v[i:j] for k, v in train.items()}) for i, j in parts], 1)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -29,6 +29,22 @@ from byline import batches
 DTYPES = ("float32", "float16", "int8")
 _BLOCK = 2**18  # numbers of a block that is converted in cache
 _STEPS = 63  # of either half of a vector, on either side of 0: a sum of two products fits 16 bits
+
+
+class Vectors:
+    """A few vectors (B, k) that are held against many chunks: what integer products need of them is computed once."""
+
+    def __init__(self, vectors: Tensor):
+        self.given, self.values = vectors, vectors.float()
+
+    @cached_property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """(2B, k) the vectors' upper and lower 7 bits, in units of each vector's largest entry, and that, (B, 1)."""
+        largest = self.values.abs().amax(1, keepdim=True)
+        unit = self.values / torch.where(largest > 0, largest, 1.0)
+        high = (unit * _STEPS).round() / _STEPS
+        # what the first half leaves is at most half a step: as a vector of its own it fills the range again
+        return torch.cat([high, (unit - high) * (2 * _STEPS)]), largest
 
 
 class Chunk:
@@ -59,14 +75,14 @@ class Chunk:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def dots(self, vectors: Tensor) -> Tensor:
+    def dots(self, vectors: Vectors | Tensor) -> Tensor:
         """(B, n) float32 inner products with vectors (B, k)."""
-        vectors = vectors.float()
+        vectors = vectors if isinstance(vectors, Vectors) else Vectors(vectors)
         if self._packed:
             return _packed_dots(vectors, self._rows)
         if self._rows.dtype == torch.float32:
-            return _matrix_product(vectors, self._rows)
-        out = torch.cat([_matrix_product(vectors, block.float()) for block in _blocks(self._rows)], 1)
+            return _matrix_product(vectors.values, self._rows)
+        out = torch.cat([_matrix_product(vectors.values, block.float()) for block in _blocks(self._rows)], 1)
         return out if self._scale is None else out.mul_(self._scale)
 
 
@@ -99,11 +115,11 @@ class Resident:
         return chunk
 
 
-def dots(vectors: Tensor, train: Any) -> Tensor:
+def dots(vectors: Vectors, train: Any) -> Tensor:
     """(B, n) inner products of vectors (B, k) with a chunk, or with linear rows as the store reads them."""
     if isinstance(train, Chunk):
-        return train.dots(vectors).to(vectors)
-    return vectors @ train["rows"].to(vectors).T
+        return train.dots(vectors).to(vectors.given)
+    return vectors.given @ train["rows"].to(vectors.given).T
 
 
 def check_dtype(dtype: Any) -> str:
@@ -128,7 +144,7 @@ def packs() -> bool:
         rows = torch.arange(-30, 34, dtype=torch.float32).repeat(3).view(6, 32).cos() * 100
         codes, scale = quantised(rows)
         vectors = torch.linspace(-2, 3, 64).view(2, 32).sin()
-        got = _packed_dots(vectors, _pack(codes, scale)).double()
+        got = _packed_dots(Vectors(vectors), _pack(codes, scale)).double()
         want = vectors.double() @ (codes.double() * scale.double().unsqueeze(1)).T
         return bool((got - want).norm() <= 1e-3 * want.norm())
     except (AttributeError, RuntimeError, NotImplementedError):
@@ -144,14 +160,10 @@ def _pack(codes: Tensor, scale: Tensor) -> Any:
         return torch.ops.quantized.linear_prepack(made, None)
 
 
-def _packed_dots(vectors: Tensor, packed: Any) -> Tensor:
-    largest = vectors.abs().amax(1, keepdim=True)
-    unit = vectors / torch.where(largest > 0, largest, 1.0)
-    high = (unit * _STEPS).round() / _STEPS
-    # what the first half leaves is at most half a step: as a vector of its own it fills the range again
-    halves = torch.cat([high, (unit - high) * (2 * _STEPS)])
+def _packed_dots(vectors: Vectors, packed: Any) -> Tensor:
+    halves, largest = vectors.halves
     out = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(halves, 1 / _STEPS, _STEPS + 1, packed)
-    return out[: len(vectors)].add_(out[len(vectors) :], alpha=1 / (2 * _STEPS)).mul_(largest)
+    return out[: len(largest)].add_(out[len(largest) :], alpha=1 / (2 * _STEPS)).mul_(largest)
 
 
 def _matrix_product(vectors: Tensor, rows: Tensor) -> Tensor:

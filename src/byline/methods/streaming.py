@@ -33,6 +33,7 @@ MATRIX = 2**28
 _TESTS = 4096  # in a block at most
 _ROWS = (4096, 1024)  # training examples of a chunk: narrow rows, wide rows
 _NARROW = 4096  # columns
+_LARGER = 4  # times the chunks of rows that are in memory, as many times fewer test examples in a block
 
 
 @dataclass
@@ -104,10 +105,13 @@ def top(attributor: Attributor, job: Job, k: int) -> tuple[Ranked, Ranked]:
     return _joined([pair[0] for pair in found]), _joined([pair[1] for pair in found])
 
 
-def spans(attributor: Attributor, voters: list[Voter]) -> list[tuple[int, int]]:
-    """The chunks of the training set: the same for all voters, whatever the test examples."""
+def spans(attributor: Attributor, voters: list[Voter], resident: bool) -> list[tuple[int, int]]:
+    """The chunks of the training set: the same for all voters, whatever the test examples.
+
+    Few vectors against rows in memory take so little time that larger chunks pay.
+    """
     wide = max(attributor._stored(voter).columns for voter in voters) > _NARROW
-    return batches.spans(attributor.n_train_, _ROWS[wide])
+    return batches.spans(attributor.n_train_, _ROWS[wide] * (_LARGER if resident else 1))
 
 
 Block = tuple[int, int, tuple[Best, Best]]
@@ -116,7 +120,7 @@ Block = tuple[int, int, tuple[Best, Best]]
 def _streamed(attributor: Attributor, job: Job, k: int) -> Iterator[Block]:
     shared, voters = attributor._shared(), attributor._voters
     readers = [attributor._reader(voter) for voter in voters]
-    chunks = spans(attributor, voters)
+    chunks = spans(attributor, voters, bool(attributor._resident))
     first, n = 0, len(job.dataset)
     while first < n:
         held, last = _hold(attributor, job, shared, first)
@@ -142,7 +146,8 @@ def _hold(
 ) -> tuple[list[list[tuple[int, int, Query]]], int]:
     """Every member's queries from test example ``first`` on, as many as fit; where they end."""
     held: list[list[tuple[int, int, Query]]] = []
-    last = min(len(job.dataset), first + _TESTS)
+    block = max(1, _TESTS // _LARGER) if attributor._resident else _TESTS
+    last = min(len(job.dataset), first + block)
     for voter in attributor._voters:
         own: list[tuple[int, int, Query]] = []
         with closing(attributor._queries(voter, replace(job, first=first, last=last), shared)) as queries:

@@ -71,14 +71,14 @@ class TrackStar(Ridge):
         def prepare(rows: Rows) -> Query:
             white = _solved(factor, rows["rows"].T)
             whole = torch.linalg.solve_triangular(factor.T, white, upper=True).T.contiguous()
-            test = _inverse_root(white.square().sum(0)).unsqueeze(1)
+            test, vectors = _inverse_root(white.square().sum(0)).unsqueeze(1), scan.Vectors(whole)
             if self.ledger is not None:
                 columns = stored.columns + self.n_train_
                 self.ledger.add_flops("serving", 2.0 * len(whole) * self.n_train_ * columns)
 
             def against(train: Any, a: int, b: int) -> Tensor:
                 # rounding alone leads beyond a cosine's range
-                return (scan.dots(whole, train) * test * each[a:b]).clamp(-1, 1).float()
+                return (scan.dots(vectors, train) * test * each[a:b]).clamp(-1, 1).float()
 
             return Query.of({"rows": whole}, against)
 

@@ -42,7 +42,8 @@ class TRAK(Ridge):
         def prepare(rows: Rows) -> Query:
             self._count(voter, len(rows["rows"]), len(factor))
             solved = torch.cholesky_solve(rows["rows"].double().T, factor).T.float().contiguous()
-            return Query.of({"rows": solved}, lambda train, a, b: scan.dots(solved, train))
+            vectors = scan.Vectors(solved)
+            return Query.of({"rows": solved}, lambda train, a, b: scan.dots(vectors, train))
 
         return prepare
 

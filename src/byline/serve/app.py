@@ -83,6 +83,9 @@ class Info(BaseModel):
     damping: float | str | None
     n_train: int
     rows: str = Field(description="what the training rows are kept as: float32, float16, int8, or store")
+    cost: dict[str, float | None] = Field(
+        description="queries scored so far, CPU seconds and seconds on the clock of one, bytes of the store"
+    )
     example: Any = Field(description="the form of an example")
     limits: dict[str, float]
 
@@ -113,6 +116,12 @@ class Metrics:
         Gauge("byline_queue_examples", "Examples that wait", **made).set_function(lambda: worker.waiting)
         Gauge("byline_train_examples", "Training examples", **made).set(served.attributor.n_train_)
         Gauge("byline_resident_bytes", "Training rows in memory", **made).set(resident)
+        for key, unit, what in (
+            ("seconds", "query_cpu_seconds", "CPU seconds of scoring an example, the mean since the start"),
+            ("wall", "query_seconds", "Seconds of scoring an example, without waiting, the mean since the start"),
+            ("store_bytes", "store_bytes", "Bytes of the store"),
+        ):
+            Gauge(f"byline_{unit}", what, **made).set_function(lambda key=key: worker.cost()[key])
 
     def observe(self, route: str, status: int, seconds: float) -> None:
         """A request was answered."""
@@ -259,6 +268,7 @@ def create_app(
                 "damping": known.get("damping"),
                 "n_train": attributor.n_train_,
                 "rows": kept,
+                "cost": worker.cost(),
                 "example": form,
                 "limits": {**vars(limits), "k": k_most},
             }

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from byline import batches
+from byline.ledger import Ledger
 from byline.methods.base import Attributor
 from byline.scores import Ranked
 from byline.serve.limits import Limits
@@ -67,12 +68,16 @@ class Worker:
     Attributes:
         waiting: examples in the queue.
         batches: how many examples each batch scored so far had, newest last, at most 1000.
+        ledger: what scoring cost so far, as serving, and the bytes of the store, as fitting.
+        scored: examples that were scored.
     """
 
     def __init__(self, attributor: Attributor, limits: Limits):
         self.attributor, self.limits = attributor, limits
         self.waiting = 0
         self.batches: deque[int] = deque(maxlen=1000)
+        self.ledger, self.scored = Ledger(), 0
+        self.ledger.add_bytes("fitting", attributor.store.nbytes())
         self._queue: deque[Ask] = deque()
         self._change = threading.Condition()
         self._stopping = False
@@ -94,6 +99,16 @@ class Worker:
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
+
+    def cost(self) -> dict[str, float]:
+        """Queries so far, CPU seconds and seconds on the clock of one, and the bytes of the store."""
+        spent, each = self.ledger.serving, self.scored or float("nan")
+        return {
+            "queries": self.scored,
+            "seconds": spent.seconds / each,
+            "wall": spent.wall / each,
+            "store_bytes": self.ledger.fitting.bytes,
+        }
 
     def submit(self, items: list[Any], k: int) -> Future[Answer]:
         """Put a request in the queue.
@@ -164,8 +179,9 @@ class Worker:
 
     def _top(self, items: list[Any], k: int) -> Answer:
         self.batches.append(len(items))
-        with torch.inference_mode(False):
+        with self.ledger.phase("serving"), torch.inference_mode(False):
             ranking = self.attributor.top(Items(items), k)
+        self.scored += len(items)
         return [(row.proponents, row.opponents) for row in ranking]
 
     def _reason(self, ask: Ask, error: Exception) -> Exception:
