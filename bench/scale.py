@@ -52,14 +52,15 @@ class Size:
 
 CALIBRATION = [
     Size(2048, 64, 128, 1),
-    Size(4096, 64, 256, 1),
+    Size(8192, 64, 256, 1),
     Size(4096, 256, 128, 1),
-    Size(2048, 256, 512, 1),
-    Size(8192, 128, 256, 1),
+    Size(2048, 256, 1024, 1),
+    Size(8192, 128, 512, 1),
     Size(4096, 128, 512, 2),
-    Size(8192, 64, 512, 1),
-    Size(2048, 128, 768, 2),
+    Size(2048, 128, 2048, 1),
+    Size(4096, 384, 1024, 1),
 ]
+"""What the rates are fitted to: small training sets; columns up to the largest, whose products run at other rates."""
 SIZES = [Size(16384, 256, 512, 5), Size(16384, 384, 1024, 1), Size(32768, 256, 1024, 2), Size(32768, 512, 2048, 1)]
 """What is predicted. P is that of `Size.workload`."""
 
@@ -128,14 +129,12 @@ def counts(size: Size) -> dict[str, dict[str, float]]:
             "bytes written": m * n * load.row_bytes,
         },
         "solve": {
-            "chunks read": m * load.chunks,
             "FLOPs of the second moment": m * 2.0 * n * k * k,
             "FLOPs of the factor": m * k**3 / 3,
             "bytes read": load.scan_bytes,
         },
         "query": {
             "members": m,
-            "chunks read": m * load.chunks,
             "FLOPs of rows and solves": QUERIES * m * (load.capture_flops + load.project_flops + 2.0 * k * k),
             "FLOPs of the scan": QUERIES * m * 2.0 * n * k,
             "bytes read": load.scan_bytes,

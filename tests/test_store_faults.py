@@ -237,6 +237,46 @@ def test_damage_is_never_taken_for_numbers(tmp_path, kind, how):
     assert not verify(tmp_path).unfinished
 
 
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+@pytest.mark.parametrize("kind", ["record", "lock"])
+def test_damage_to_what_a_stopped_run_left_costs_no_bits(tmp_path, monkeypatch, kind, how):
+    """Its record of the member that it was at, and its lock: neither is there once all is complete."""
+    expected = fitted(None).attribute(data(8, 2)).values
+    write, left = Store.write, 4
+
+    def stop(self, *arguments):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fitted(tmp_path)
+    assert verify(tmp_path).unfinished
+    if kind == "lock":
+        # as a kill leaves it; whole, it would name a process that is gone
+        file = tmp_path / "lock"
+        file.write_text(json.dumps({"pid": 2**22 + 1, "host": os.uname().nodename, "started": "1", "token": "x"}))
+    else:
+        file = next((tmp_path / "progress").glob("*.json"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content if how == "flipped" else content[: len(content) // 2])
+    named = [problem.file for problem in verify(tmp_path).problems]
+    assert named == ([f"progress/{file.name}"] if kind == "record" and how != "missing" else [])
+    assert (fitted(tmp_path).attribute(data(8, 2)).values == expected).all()
+    assert not (tmp_path / "lock").exists()
+    report = verify(tmp_path)
+    assert report.whole
+    assert not report.unfinished
+
+
 def test_verify_names_the_member_the_array_the_chunk_and_the_examples(tmp_path):
     fitted(tmp_path, byline.Factorized(8), masks=None, models=1)
     (file,) = tmp_path.glob("arrays/features/*/rows/c.4.0")
