@@ -59,6 +59,8 @@ CALIBRATION = [
     Size(4096, 128, 512, 2),
     Size(2048, 128, 2048, 1),
     Size(4096, 384, 1024, 1),
+    Size(8192, 64, 1024, 1),
+    Size(8192, 64, 2048, 1),
 ]
 """What the rates are fitted to: small training sets; columns up to the largest, whose products run at other rates."""
 SIZES = [Size(16384, 256, 512, 5), Size(16384, 384, 1024, 1), Size(32768, 256, 1024, 2), Size(32768, 512, 2048, 1)]
@@ -134,6 +136,7 @@ def counts(size: Size) -> dict[str, dict[str, float]]:
             "bytes read": load.scan_bytes,
         },
         "query": {
+            "call": 1,
             "members": m,
             "FLOPs of rows and solves": QUERIES * m * (load.capture_flops + load.project_flops + 2.0 * k * k),
             "FLOPs of the scan": QUERIES * m * 2.0 * n * k,
@@ -322,7 +325,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Example:  .venv/bin/python bench/scale.py --json runs/scale.json",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each size, the least of which counts")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each size, the least of which counts (3)")
     parser.add_argument("--scratch", type=Path, help="where stores are written (the system's temporary folder)")
     parser.add_argument("--paper", action="store_true", help="only what is computed, nothing measured")
     parser.add_argument("--from-json", type=Path, help="show the measurements of an earlier --json")
