@@ -1,7 +1,8 @@
 """How fast byline is on a setting, as ratios within one run: everything takes turns, medians are compared.
 
 Measured: TRAK's `fit` with projected features against a plain forward and backward pass over the same batches; an
-exact member, fitted and attributed; masks side by side against one at a time; what a store on disk adds to `fit`.
+exact member, fitted and attributed; masks side by side against one at a time; what a store on disk adds to `fit`, and
+what writing as many bytes to as many files takes without byline.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ Times = dict[str, list[Clock]]
 class Subjects:
     """What is timed: each method is one call from fresh objects to finished work."""
 
-    def __init__(self, setting: Any, states: list[Any], batch_size: int):
+    def __init__(self, setting: Any, states: list[Any], batch_size: int, scratch: Path | None = None):
         import byline
 
         self.byline, self.setting, self.states, self.batch_size = byline, setting, states, batch_size
         self.base = byline.Independent(states[:1])
-        self.scratch = tempfile.TemporaryDirectory(prefix="byline-speed-")
+        self.scratch = tempfile.TemporaryDirectory(prefix="byline-speed-", dir=scratch)
 
     def plain(self) -> None:
         """Forward and backward over the training set, gradients summed over each batch as training does it."""
@@ -60,6 +61,24 @@ class Subjects:
         def work() -> None:
             # deleted at the end: deleting is no part of fit, and ext4 is slow to create files just after it
             self.fit(features, store=tempfile.mkdtemp(dir=self.scratch.name))()
+
+        return work
+
+    def plain_files(self, features: Any) -> Callable[[], Any]:
+        """What the disk alone takes: the files of such a store, written one after the other."""
+        import numpy as np
+
+        folder = Path(tempfile.mkdtemp(dir=self.scratch.name))
+        self.fit(features, store=folder)()
+        found = [(file.relative_to(folder), file.stat().st_size) for file in folder.rglob("*") if file.is_file()]
+        largest = np.random.default_rng(0).bytes(max(size for _, size in found))
+
+        def work() -> None:
+            root = Path(tempfile.mkdtemp(dir=self.scratch.name))
+            for file, size in found:
+                (root / file).parent.mkdir(parents=True, exist_ok=True)
+                with (root / file).open("wb", buffering=0) as opened:
+                    opened.write(memoryview(largest)[:size])
 
         return work
 
@@ -94,19 +113,23 @@ def _setting(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, before)
 
 
-def measure(subjects: Subjects, repeats: int, members: int) -> Times:
+def measure(subjects: Subjects, repeats: int, members: int, only_fit: bool = False) -> Times:
     """Seconds of every call of every subject."""
     factorized, exact = subjects.byline.Factorized, subjects.byline.Exact
     fits = {
         "plain forward + backward": subjects.plain,
         "fit Factorized(1024)": subjects.fit(factorized(1024)),
         "fit Factorized(1024), store on disk": subjects.fit_on_disk(factorized(1024)),
+        "fit Factorized(1024), its files alone": subjects.plain_files(factorized(1024)),
         "fit Factorized(1024, basis='pca')": subjects.fit(factorized(1024, basis="pca")),
         "fit Nystrom(1024)": subjects.fit(subjects.byline.Nystrom(1024)),
         "fit Exact()": subjects.fit(exact()),
         "fit Exact(), store on disk": subjects.fit_on_disk(exact()),
+        "fit Exact(), its files alone": subjects.plain_files(exact()),
     }
     found = alternated(fits, repeats)
+    if only_fit:
+        return found
     whole = {
         "fit + attribute Exact()": subjects.whole(exact(), 1),
         f"fit + attribute Exact(), {members} members": subjects.whole(exact(), members),
@@ -133,23 +156,32 @@ def figures_of(times: dict[str, list[float]], members: int, batch_size: int, set
         """Median of the ratios of calls that took turns."""
         return median([a / b for a, b in zip(times[over], times[under], strict=True)])
 
-    def stored(what: str) -> dict[str, Any]:
+    def stored(what: str) -> list[dict[str, Any]]:
         added = ratio(f"fit {what}, store on disk", f"fit {what}") - 1
-        return figure(f"store on disk, added to fit {what}", added, "%", TARGET_STORE)
+        alone = ratio(f"fit {what}, its files alone", f"fit {what}")
+        return [
+            figure(f"store on disk, added to fit {what}", added, "%", TARGET_STORE),
+            figure("- writing such files without byline", alone, "%"),
+        ]
 
     fit, whole = TARGET_FIT.get(setting), TARGET_EXACT.get(setting)
-    exact = f"fit + attribute Exact(), {members} members"
-    masks = [f"fit {MASKS} masks, batch {size}" for size in (32, batch_size)]
-    return [
+    found = [
         figure("fit Factorized(1024) ÷ plain", middle["fit Factorized(1024)"] / plain, "×", fit),
-        figure("fit + attribute Factorized(1024) ÷ plain", middle["fit + attribute Factorized(1024)"] / plain, "×"),
         figure("fit Factorized(1024, basis='pca') ÷ plain", middle["fit Factorized(1024, basis='pca')"] / plain, "×"),
         figure("fit Nystrom(1024) ÷ plain", middle["fit Nystrom(1024)"] / plain, "×"),
         figure("fit Exact() ÷ plain", middle["fit Exact()"] / plain, "×"),
+        *stored("Factorized(1024)"),
+        *stored("Exact()"),
+    ]
+    if "fit + attribute Exact()" not in times:
+        return found
+    exact = f"fit + attribute Exact(), {members} members"
+    masks = [f"fit {MASKS} masks, batch {size}" for size in (32, batch_size)]
+    return [
+        *found,
+        figure("fit + attribute Factorized(1024) ÷ plain", middle["fit + attribute Factorized(1024)"] / plain, "×"),
         figure("fit + attribute Exact(), 1 member", middle["fit + attribute Exact()"], "s", whole),
         figure(f"fit + attribute Exact(), each of {members}", middle[exact] / members, "s", whole),
-        stored("Factorized(1024)"),
-        stored("Exact()"),
         *(
             figure(f"{m}: one at a time ÷ side by side", ratio(f"{m}, one at a time", f"{m}, side by side"), "×")
             for m in masks
@@ -208,6 +240,8 @@ def main() -> None:
     parser.add_argument("--setting", default=SETTING, help="a setting of pictures and labels (%(default)s)")
     parser.add_argument("--out", type=Path, help="where models are kept (runs/SETTING)")
     parser.add_argument("--models", type=Path, help="a folder of checkpoints (.safetensors) to take instead")
+    parser.add_argument("--scratch", type=Path, help="where stores are written (the system's temporary folder)")
+    parser.add_argument("--only-fit", action="store_true", help="leave out scoring and masks: a minute less")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     import torch
@@ -217,7 +251,12 @@ def main() -> None:
     about = environment()
     out = options.out or ROOT / "runs" / options.setting
     setting, states, _ = trained(out, options.members, options.models, None, need_bank=False, name=options.setting)
-    times = measure(Subjects(setting, states, options.batch_size), options.repeats, options.members)
+    times = measure(
+        Subjects(setting, states, options.batch_size, options.scratch),
+        options.repeats,
+        options.members,
+        options.only_fit,
+    )
     figures = conclude(times, options.members, options.batch_size, setting.name)
     print(f"\n{show(times, figures)}\n")
     print(

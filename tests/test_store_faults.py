@@ -26,9 +26,10 @@ from architectures import vectors
 from byline.cli import app
 from byline.store import Store, gc, info, repair, verify
 from byline.store.lock import Lock
+from byline.training import Recipe, Trainer
 
 HERE = Path(__file__).resolve().parent
-KILLS = int(os.environ.get("BYLINE_KILLS", "10"))
+KILLS = int(os.environ.get("BYLINE_KILLS", "6"))
 
 
 def net(seed=0):
@@ -55,9 +56,41 @@ def fitted(store, features=None, masks=3, models=2, batch_size=6, method=byline.
     ).fit(data())
 
 
+# what killed processes do
+
+
 def work(store):
-    """What the killed process does: fit, then attribute."""
-    fitted(store, masks=3, models=1).attribute(data(8, 2))
+    """Fit, then attribute."""
+    found = fitted(store, masks=3, models=1).attribute(data(8, 2))
+    return found.values, found.stderr
+
+
+def start(store):
+    """What a service does before it listens, and a first request: fit on the store, hold the rows, take the best."""
+    made = fitted(store, byline.Factorized(8), masks=3, models=1)
+    made.hold("int8")
+    found = made.top(data(8, 2), 3)
+    return found.proponents.scores, found.opponents.scores
+
+
+def bank(store):
+    """Ground truth: parts of two models, each kept when it is done."""
+    if store is not None:
+        store = Path(store)
+        store.mkdir(exist_ok=True)
+    recipe = Recipe(lr=0.1, batch_size=8, epochs=3)
+    task = byline.Task(net())
+    found = byline.retrain(
+        Trainer(net, recipe, task.loss, group=2),
+        data(),
+        test_set=data(8, 2),
+        task=task,
+        subsets=4,
+        seeds=2,
+        path=None if store is None else store / "bank.safetensors",
+        progress=False,
+    )
+    return (found.outputs,)
 
 
 # kills
@@ -65,20 +98,21 @@ def work(store):
 
 @pytest.fixture(scope="module")
 def forks():
-    """Run `work` in forks of one child, which has imported torch.
+    """Run `work`, `start` or `bank` in forks of one child, which has imported torch.
 
-    ``forks(stores, seconds)`` kills them after so long, or lets them end; returns exit codes and the seconds it took.
+    ``forks(stores, seconds, what)`` kills them after so long, or lets them end; returns exit codes and the seconds it
+    took.
     """
     code = (
         "import os, sys, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1])\n"
         "import test_store_faults as t\n"
-        "t.work(None)\n"
+        "for what in (t.work, t.start, t.bank): what(None)\n"
         "for line in sys.stdin:\n"
-        "    pids = []\n"
-        "    for store in line.split():\n"
+        "    what, *stores = line.split(); pids = []\n"
+        "    for store in stores:\n"
         "        pid = os.fork()\n"
         "        if not pid:\n"
-        "            try: t.work(store)\n"
+        "            try: getattr(t, what)(store)\n"
         "            except BlockingIOError: os._exit(3)\n"
         "            except BaseException: os._exit(1)\n"
         "            os._exit(0)\n"
@@ -89,8 +123,8 @@ def forks():
         [sys.executable, "-c", code, str(HERE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
-    def run(stores, seconds=None):
-        child.stdin.write(" ".join(map(str, stores)) + "\n")
+    def run(stores, seconds=None, what="work"):
+        child.stdin.write(" ".join(map(str, [what, *stores])) + "\n")
         child.stdin.flush()
         pids, started = child.stdout.readline().split(), time.perf_counter()
         if seconds is not None:
@@ -107,24 +141,27 @@ def forks():
     child.wait(30)
 
 
-def test_a_kill_at_any_moment_costs_no_bits(tmp_path, forks):
-    """Of fit and of attribute, which the killed process does in turn; half of the kills meet a resumed run."""
-    expected = fitted(None, models=1).attribute(data(8, 2))
+@pytest.mark.parametrize("what", ["work", "start", "bank"])
+def test_a_kill_at_any_moment_costs_no_bits(tmp_path, forks, what):
+    """Of fit and attribute, a service's start, or a bank; half of the kills meet a resumed run."""
+    again = globals()[what]
+    expected = [value.tobytes() for value in again(None)]
     generator, partial, folder = random.Random(0), 0, tmp_path / "store"
-    length = min(forks([tmp_path / name])[1] for name in "ab")
+    length = min(forks([tmp_path / name], what=what)[1] for name in "ab")
     for kill in range(KILLS):
-        forks([folder], generator.random() * length)
-        if (folder / "manifest.json").exists():
+        forks([folder], generator.random() * length, what)
+        if what == "bank":
+            partial += bool(list(folder.rglob("*.parts/*.safetensors")))
+        elif (folder / "manifest.json").exists():
             report = verify(folder)
             assert report.whole, report.problems
             partial += bool(report.unfinished)
         if kill % 2:
-            found = fitted(folder, models=1).attribute(data(8, 2))
-            assert (found.values == expected.values).all()
-            assert (found.stderr == expected.stderr).all()
-            gc(folder)
+            assert [value.tobytes() for value in again(folder)] == expected
+            if what != "bank":
+                gc(folder)
+                assert verify(folder).whole
             assert not list(folder.rglob("*.tmp"))
-            assert verify(folder).whole
             shutil.rmtree(folder)
     assert partial, "no kill fell into the middle of the work"
 
@@ -198,6 +235,46 @@ def test_damage_is_never_taken_for_numbers(tmp_path, kind, how):
     np.testing.assert_allclose(found.values, before.values, rtol=1e-5, atol=1e-6)
     assert verify(tmp_path).whole
     assert not verify(tmp_path).unfinished
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+@pytest.mark.parametrize("kind", ["record", "lock"])
+def test_damage_to_what_a_stopped_run_left_costs_no_bits(tmp_path, monkeypatch, kind, how):
+    """Its record of the member that it was at, and its lock: neither is there once all is complete."""
+    expected = fitted(None).attribute(data(8, 2)).values
+    write, left = Store.write, 4
+
+    def stop(self, *arguments):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fitted(tmp_path)
+    assert verify(tmp_path).unfinished
+    if kind == "lock":
+        # as a kill leaves it; whole, it would name a process that is gone
+        file = tmp_path / "lock"
+        file.write_text(json.dumps({"pid": 2**22 + 1, "host": os.uname().nodename, "started": "1", "token": "x"}))
+    else:
+        file = next((tmp_path / "progress").glob("*.json"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content if how == "flipped" else content[: len(content) // 2])
+    named = [problem.file for problem in verify(tmp_path).problems]
+    assert named == ([f"progress/{file.name}"] if kind == "record" and how != "missing" else [])
+    assert (fitted(tmp_path).attribute(data(8, 2)).values == expected).all()
+    assert not (tmp_path / "lock").exists()
+    report = verify(tmp_path)
+    assert report.whole
+    assert not report.unfinished
 
 
 def test_verify_names_the_member_the_array_the_chunk_and_the_examples(tmp_path):

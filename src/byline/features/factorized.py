@@ -75,7 +75,7 @@ class Factorized(Features):
 
     def _random(self, blocks: dict[str, Block]) -> State:
         state: State = {}
-        shares = _share({name: _size(block) for name, block in blocks.items()}, self.dim)
+        shares = shares_of({name: _size(block) for name, block in blocks.items()}, self.dim)
         for name, block in blocks.items():
             share = shares[name]
             if share == 0:
@@ -88,7 +88,7 @@ class Factorized(Features):
                 # many small groups: their gradient is no larger than its factors, and is projected whole
                 state[f"{name}/whole"] = self._gaussian(_size(block), share, name, "whole")
                 continue
-            ko, ki = _rectangle(max(1, share // groups), o, i)
+            ko, ki = rectangle(max(1, share // groups), o, i)
             state[f"{name}/left"] = self._gaussian(o, ko, name, "left")
             state[f"{name}/right"] = self._gaussian(i, ki, name, "right")
         return state
@@ -205,7 +205,7 @@ def _left(block: Outer | Lookup, projection: Tensor) -> Tensor:
     return (block.ids.unsqueeze(-1) == projection).to(block.right.dtype).unsqueeze(1)
 
 
-def _share(sizes: dict[str, int], dim: int) -> dict[str, int]:
+def shares_of(sizes: dict[str, int], dim: int) -> dict[str, int]:
     """Columns per block: equal shares, what a small block cannot use going to the others."""
     shares = dict.fromkeys(sizes, 0)
     left, open_blocks = dim, sorted(sizes, key=lambda name: (sizes[name], name))
@@ -217,7 +217,7 @@ def _share(sizes: dict[str, int], dim: int) -> dict[str, int]:
     return shares
 
 
-def _rectangle(share: int, o: int, i: int) -> tuple[int, int]:
+def rectangle(share: int, o: int, i: int) -> tuple[int, int]:
     """O' ≤ o and i' ≤ i with o'·i' ≤ share, in the proportions of the factors."""
     if share >= o * i:
         return o, i

@@ -17,7 +17,7 @@ import numpy as np
 from byline.store.files import Files
 
 ROOT = "arrays"
-_CHECKSUM = 4  # bytes
+CHECKSUM = 4  # bytes
 
 
 class DamagedError(ValueError):
@@ -53,7 +53,7 @@ class Spec:
     @property
     def nbytes(self) -> int:
         """Of all chunks, checksums included."""
-        return self.count() * (int(np.prod(self.chunks)) * np.dtype(self.dtype).itemsize + _CHECKSUM)
+        return self.count() * (int(np.prod(self.chunks)) * np.dtype(self.dtype).itemsize + CHECKSUM)
 
     def grid(self) -> list[int]:
         """Chunks along each dimension."""
@@ -94,7 +94,7 @@ GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, i
 
 def checksum(data: np.ndarray) -> bytes:
     """The crc32c of an array's bytes."""
-    return int(google_crc32c.value(data.reshape(-1).view(np.uint8))).to_bytes(_CHECKSUM, "little")
+    return int(google_crc32c.value(data.reshape(-1).view(np.uint8))).to_bytes(CHECKSUM, "little")
 
 
 def text_checksum(data: bytes) -> str:
@@ -119,7 +119,7 @@ def read_cell(files: Files, spec: Spec, cell: tuple[int, ...], out: np.ndarray) 
     """
     key = spec.key(cell)
     try:
-        tail = files.read_into(key, out, _CHECKSUM)
+        tail = files.read_into(key, out, CHECKSUM)
     except FileNotFoundError:
         raise DamagedError("is missing") from None
     if tail is None:

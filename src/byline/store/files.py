@@ -176,10 +176,12 @@ class Local(Files):
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             try:
-                for part in parts:
-                    view = memoryview(part).cast("B")
-                    while len(view):
-                        view = view[os.write(descriptor, view) :]
+                views = [memoryview(part).cast("B") for part in parts]
+                while views:
+                    done = os.writev(descriptor, views)
+                    while views and done >= len(views[0]):
+                        done -= len(views.pop(0))
+                    views[:1] = [view[done:] for view in views[:1]]
                 if sync:
                     os.fsync(descriptor)
             finally:
