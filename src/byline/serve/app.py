@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import byline
@@ -121,7 +122,7 @@ class Metrics:
             ("wall", "query_seconds", "Seconds of scoring an example, without waiting, the mean since the start"),
             ("store_bytes", "store_bytes", "Bytes of the store"),
         ):
-            Gauge(f"byline_{unit}", what, **made).set_function(lambda key=key: worker.cost()[key])
+            Gauge(f"byline_{unit}", what, **made).set_function(partial(_part, worker, key))
 
     def observe(self, route: str, status: int, seconds: float) -> None:
         """A request was answered."""
@@ -319,6 +320,10 @@ def _hold(served: Served, rows: str) -> tuple[str, int]:
         return rows, 0
     resident = attributor.hold(rows)
     return (rows if resident else "store"), resident
+
+
+def _part(worker: Worker, key: str) -> float:
+    return worker.cost()[key]
 
 
 def _rows(ranked: Ranked, about: Callable[[int], Any] | None) -> list[dict[str, Any]]:
