@@ -89,6 +89,9 @@ def dattri(attributor: str, **options: Any) -> dict[str, Any]:
 
 
 LABELS = "each draws one label per example: byline with chance ∝ p‖e-p‖ and a weight, kronfluence from p itself"
+STARTS = "40 steps do not settle on a Hessian with eigenvalues of both signs: another start gives other scores"
+TRANSPOSED = "dattri turns gradients by the matrix of eigenvectors where its transpose leads into the eigenbasis"
+ROUNDED = "in float32 softmax less one-hot is rounding for well-learnt examples; byline normalises ∇f instead"
 POSITIONS = "kronfluence divides both factors by the positions: its product lacks the positions per example of a layer"
 BIAS = "dattri appends the bias's gradient to the flattened weight's and reshapes: columns and bias are shuffled"
 PROJECTED = "dattri always projects on 512 random directions (projector_kwargs=None keeps its default)"
@@ -158,22 +161,26 @@ def dattri_cases(last: list[str], few: int, some: int) -> list[Case]:
             "Arnoldi, top 20 of 40, all layers",
             ours("arnoldi", "hessian", solver_options={"top": 20, "iterations": 39}),
             [dattri("Arnoldi", options={"proj_dim": 20, "max_iter": 40})],
-            shared={"n_test": few},
+            STARTS,
+            {"byline, another start": ours("arnoldi", "hessian", seed=1, solver_options={"top": 20, "iterations": 39})},
+            {"n_test": few},
         ),
         Case("DataInf", ours("datainf", "fisher"), [dattri("DataInf")], shared={"n_test": few}),
         Case(
             "EK-FAC of the loss",
             ours("ekfac", "fisher", **ekfac),
             [dattri("EKFAC", **ekfac)],
-            BIAS,
-            {"byline, bias shuffled as in dattri": ours("ekfac", "fisher", shuffled=True, **ekfac)},
+            f"{TRANSPOSED}; {BIAS}",
+            {"byline, both as in dattri": ours("ekfac", "fisher", transposed=True, shuffled=True, **ekfac)},
             {"n_test": some},
         ),
         Case(
             "EK-FAC of the loss, biases removed",
             ours("ekfac", "fisher", **ekfac),
             [dattri("EKFAC", **ekfac)],
-            shared={"n_test": some, "bias": False},
+            TRANSPOSED,
+            {"byline, turned as in dattri": ours("ekfac", "fisher", transposed=True, **ekfac)},
+            {"n_test": some, "bias": False},
         ),
     ]
 
@@ -184,7 +191,13 @@ def gradient_cases() -> list[Case]:
     bare = {"unprojected": True}
     return [
         Case("Grad-Dot", {**plain, "method": "GradDot"}, [dattri("TracIn", **bare)]),
-        Case("Grad-Cos", {**plain, "method": "GradCos"}, [dattri("TracIn", normalized=True, **bare)]),
+        Case(
+            "Grad-Cos",
+            {**plain, "method": "GradCos"},
+            [dattri("TracIn", normalized=True, **bare)],
+            ROUNDED,
+            {"dattri in float64": dattri("TracIn", normalized=True, double=True, **bare)},
+        ),
         Case(
             "Grad-Dot, dattri's default",
             {**plain, "method": "GradDot"},
@@ -481,6 +494,8 @@ def _byline(job: dict[str, Any], model: Any, states: list[Any], train: Any, test
             kind = curvature.SOLVERS[job["solver"]]
             if job.get("per_position"):
                 kind = _per_position(kind)
+            if job.get("transposed"):
+                kind = _transposed(kind)
             if job.get("shuffled"):
                 kind = _shuffled(kind)
             arguments["solver"] = kind(**job.get("solver_options", {}))
@@ -503,6 +518,20 @@ def _per_position(kind: Any) -> Any:
             return state
 
     return PerPosition
+
+
+def _transposed(kind: Any) -> Any:
+    """EK-FAC in the basis of the rows of the eigenvectors' matrices instead of their columns."""
+    from byline.methods.curvature import KFAC
+
+    class Turned(KFAC):
+        def fit(self, problem: Any) -> Any:
+            state = super().fit(problem)
+            sides = [name for name in state if name.endswith(("/left", "/right"))]
+            return {**state, **{name: state[name].mT.contiguous() for name in sides}}
+
+    # the corrected eigenvalues are taken after, in the basis that is there
+    return type("Transposed", (kind, Turned), {"name": kind.name})
 
 
 def _shuffled(kind: Any) -> Any:
@@ -597,6 +626,10 @@ def _dattri(job: dict[str, Any], model: Any, states: list[Any], train: Any, test
     from torch.nn.functional import cross_entropy
     from torch.utils.data import DataLoader
 
+    if job.get("double"):
+        model = model.double()
+        states = [{k: v.double() for k, v in state.items()} for state in states]
+        train, test = (type(data)(data.tensors[0].double(), data.tensors[1]) for data in (train, test))
     kind, size = job["attributor"], tuple(train.tensors[0].shape[1:])
     chosen = {"layer_name": job["params"]} if job.get("params") else {}
     ridge, options = job["ridge"], job.get("options", {})

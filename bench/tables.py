@@ -3,8 +3,10 @@
     python bench/tables.py runs/fashion-mlp/results.json README.md
     python bench/tables.py runs/fashion-mlp/grid.json docs/grid.md --marker fashion-mlp
 
+    python bench/tables.py runs/influence-mlp.json docs/figures.md --marker influence-mlp
+
 Replaces what stands between `<!-- table:begin -->` and `<!-- table:end -->`, and between the `savings` markers; of a
-grid, what stands between those of `--marker`.
+grid or of influence.py, what stands between those of `--marker`.
 """
 
 from __future__ import annotations
@@ -146,15 +148,51 @@ def _helped(result: dict[str, Any], cells: dict[tuple[str, str], Any]) -> str:
     return head + "\n\n" + "\n".join(lines)
 
 
+def influence(result: dict[str, Any]) -> str:
+    """byline beside kronfluence and dattri: CPU seconds, their ratio, correlations."""
+    lines = [
+        "| method | library | test × train | fit | score | byline ÷ it, fit | in all | memory | Pearson | Spearman |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        peer = row["library"] != "byline"
+        ratios = [_ratio(row["fit_ratio"]), _ratio(row["total_ratio"])] if peer else ["", ""]
+        alike = [f"{row['pearson']:.4f}", f"{row['spearman']:.4f}"] if peer else ["", ""]
+        cells = ["" if peer else row["case"], row["name"], " × ".join(map(str, row["shape"]))]
+        cells += [
+            f"{row['fit_cpu']:.2f} s",
+            f"{row['score_cpu']:.2f} s",
+            *ratios,
+            f"{row['peak'] / 1e6:.0f} MB",
+            *alike,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    reasons = [f"- {row['case']}: {row['why']}." for row in result["rows"] if row["why"]]
+    parts = ["\n".join(lines)]
+    if reasons:
+        parts.append("Why scores differ where they do:\n\n" + "\n".join(reasons))
+    if result["checks"]:
+        checks = ["| what tests the reason | scores of | with those of | Pearson |", "| --- | --- | --- | --- |"]
+        checks += [f"| {c['case']} | {c['of']} | {c['with']} | {c['pearson']:.4f} |" for c in result["checks"]]
+        parts.append("\n".join(checks))
+    return "\n\n".join(parts)
+
+
+def _ratio(value: float) -> str:
+    return "–" if value != value else f"{value:.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("page", type=Path)
-    parser.add_argument("--marker", help="of a grid: what its markers in the page are called")
+    parser.add_argument("--marker", help="what the markers in the page are called")
     options = parser.parse_args()
     result = json.loads(options.results.read_text())
     text = options.page.read_text()
-    if result.get("kind") == "grid":
+    if "checks" in result:
+        parts = {options.marker or "influence": influence(result)}
+    elif result.get("kind") == "grid":
         parts = {options.marker or result["setting"]["name"]: grid(result)}
     else:
         parts = {"table": table(result), "savings": savings(result)}
