@@ -26,6 +26,13 @@ from byline.task import Task
 
 log = logging.getLogger("byline")
 
+HALF = (torch.bfloat16, torch.float16)
+
+
+def wide(t: Tensor) -> Tensor:
+    """Half precisions as float32, everything else as it is."""
+    return t.float() if t.dtype in HALF else t
+
 
 class _Differentiated(nn.Module):
     """The task's value as a module's forward, so that functional_call can exchange parameters anywhere inside."""
@@ -78,6 +85,8 @@ class Capture:
             self._uses[name] = self._uses.get(name, 0) + 1
         ruled = {name for name in params if all(rule_for(m) for m, _, n in slots if n == name) and name in self._uses}
         self.fallback = frozenset((set(params) - ruled) | verdict.fallback) - self.unproven
+        self.refused: set[str] = set()
+        """Parameters of calls that a rule turned out not to cover."""
         self._slots: dict[nn.Module, dict[str, str]] = {}
         for module, attribute, name in slots:
             if name not in self.fallback and name not in self.unproven:
@@ -97,7 +106,7 @@ class Capture:
         value, residual, blocks, late = self._ruled(batch, of)
         rows = self._autograd(batch, of, self.fallback | late)
         for name in (self.fallback | self.unproven) - set(rows):
-            rows[name] = self.params[name].new_zeros(len(value), self.params[name].numel())
+            rows[name] = self._like(name).new_zeros(len(value), self.params[name].numel())
         plain = self.fallback | self.unproven
         blocks.update({name: Flat((name,), rows[name]) for name in plain})
         self._fill(blocks, len(value), {name: r for name, r in rows.items() if name not in plain})
@@ -136,21 +145,27 @@ class Capture:
                     # rows are not examples (experts get the tokens routed to them): no rule for this batch
                     late |= set(self._slots[module].values())
                     continue
-                self._collect(found, module, x, g)
+                if not self._collect(found, module, x, g):
+                    self.refused |= set(self._slots[module].values())
+                    late |= self.refused
         found = {names: blocks for names, blocks in found.items() if late.isdisjoint(names)}
         return value.detach(), residual, {block.params[0]: block for block in map(merge, found.values())}, late
 
     def _joined(self, module: nn.Module) -> bool:
         return all(self._uses[name] == 1 for name in self._slots[module].values())
 
-    def _collect(self, found: dict[tuple[str, ...], list[Block]], module: nn.Module, x: Tensor, g: Tensor) -> None:
+    def _collect(self, found: dict[tuple[str, ...], list[Block]], module: nn.Module, x: Tensor, g: Tensor) -> bool:
+        """Add the blocks of one call; False where its rule does not cover it."""
         rule = rule_for(module)
         assert rule is not None
         names = self._slots[module]
         with torch.no_grad():
-            for attributes, block in rule(module, x, g, set(names), self._joined(module)).items():
+            # sums over positions and products of factors in float32, whatever the weights
+            blocks = rule(module, wide(x), wide(g), set(names), self._joined(module))
+            for attributes, block in blocks.items():
                 block.params = tuple(names[a] for a in attributes)
                 found.setdefault(block.params, []).append(block)
+        return bool(blocks)
 
     def _fill(self, blocks: dict[str, Block], examples: int, rows: dict[str, Tensor]) -> None:
         """Blocks, in the form their rule gives, for parameters that this batch reached otherwise or not at all."""
@@ -162,14 +177,20 @@ class Capture:
                 params = tuple(names[a] for a in attributes)
                 if params[0] not in seen:
                     own = [rows.get(name) for name in params]
-                    blocks[params[0]] = block_of(module, attributes, params, own, self.params[params[0]], examples)
+                    blocks[params[0]] = block_of(module, attributes, params, own, self._like(params[0]), examples)
                     seen |= set(params)
+
+    def _like(self, name: str) -> Tensor:
+        """A tensor of a parameter's shape and of its gradient's dtype; its numbers mean nothing."""
+        parameter = self.params[name]
+        return torch.empty_like(parameter, dtype=torch.float32) if parameter.dtype in HALF else parameter
 
     def _autograd(self, batch: Batch, of: str, wanted: Collection[str]) -> dict[str, Tensor]:
         """(B, numel) rows of these parameters by per-example autograd."""
         names = [name for name in self.params if name in wanted]
-        if not names:
-            return {}
+        return {name: wide(rows) for name, rows in self._rows(batch, of, names).items()} if names else {}
+
+    def _rows(self, batch: Batch, of: str, names: list[str]) -> dict[str, Tensor]:
         if self.vectorised:
             try:
                 return self._vectorised(batch, of, names)
@@ -231,7 +252,7 @@ def calibrate(task: Task, model: nn.Module, params: dict[str, nn.Parameter], bat
     orders = [list(range(batches.size(batch))), list(reversed(range(batches.size(batch))))]
 
     def agrees(name: str, rows: Tensor | None, order: list[int]) -> bool:
-        reference = expected[name][order]
+        reference = wide(expected[name][order])
         if rows is None or rows.shape != reference.shape:
             return rows is None and not reference.any()
         error = float((rows - reference).norm())
@@ -250,7 +271,7 @@ def calibrate(task: Task, model: nn.Module, params: dict[str, nn.Parameter], bat
                     for block in blocks.values()
                     for name, part in zip(block.params, block.split(), strict=True)
                 }
-                checked = set(params) - capture.fallback - unproven - late
+                checked = set(params) - capture.fallback - unproven - (late - capture.refused)
                 found |= {name for name in checked if not agrees(name, rows.get(name), order)}
         except (RuntimeError, ValueError, IndexError) as error:
             # a rule that cannot even run, on a shape it does not foresee: leave everything to autograd
