@@ -204,8 +204,8 @@ def test_memory_does_not_grow_with_the_batch_nor_with_a_head_gradient_per_exampl
         largest.append(watch.numel)
     per_example = vocabulary * 16
     assert largest[0] == largest[1]
-    # calibration holds three examples against autograd; a tied weight has its one-hot factors beside those of the head
-    assert largest[0] <= max(3 * per_example, (2 if tied else 1) * limit) < 8 * per_example
+    # the largest are the bytes of a weight, of which a digest is taken; a tied weight has one-hot factors too
+    assert largest[0] <= max(4 * per_example, (2 if tied else 1) * limit) < 8 * per_example
 
 
 @pytest.mark.parametrize("name", ["gpt2-labels", "llama"])

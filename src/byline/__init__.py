@@ -33,6 +33,7 @@ from byline.methods import (
 )
 from byline.scores import Ranking, Scores
 from byline.task import Task
+from byline.tokens import TokenScores, tokens
 from byline.training import Recipe, Trainer, train_many
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ __all__ = [
     "RepresenterPoints",
     "Scores",
     "Task",
+    "TokenScores",
     "TracIn",
     "TrackStar",
     "Trainer",
@@ -82,6 +84,7 @@ __all__ = [
     "removal_curve",
     "retrain",
     "subclass_detection",
+    "tokens",
     "topk_overlap",
     "train_lora",
     "train_many",

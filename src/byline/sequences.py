@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 def context(model: nn.Module) -> int | None:
     """How many positions a model has room for; None where it does not say."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     found = getattr(config, "max_position_embeddings", None)
@@ -83,12 +83,12 @@ def placed(model: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
 
 
 def _takes_positions(model: nn.Module) -> bool:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return hasattr(inner, "config") and _names_positions(type(inner))
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return hasattr(inner, "config") and _names_positions(inner.__class__)
 
 
 @cache
-def _names_positions(kind: type[nn.Module]) -> bool:
+def _names_positions(kind: Any) -> bool:
     return "position_ids" in inspect.signature(kind.forward).parameters
 
 

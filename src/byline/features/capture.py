@@ -21,7 +21,7 @@ from torch.func import functional_call, grad, vmap
 from byline import batches
 from byline.batches import Batch
 from byline.features.blocks import Block, Flat, merge
-from byline.features.layers import block_of, groups_of, rule_for
+from byline.features.layers import SPATIAL, block_of, groups_of, rule_for
 from byline.task import Task
 
 log = logging.getLogger("byline")
@@ -105,16 +105,64 @@ class Capture:
         """
         value, residual, blocks, late = self._ruled(batch, of)
         rows = self._autograd(batch, of, self.fallback | late)
-        for name in (self.fallback | self.unproven) - set(rows):
-            rows[name] = self._like(name).new_zeros(len(value), self.params[name].numel())
-        plain = self.fallback | self.unproven
-        blocks.update({name: Flat((name,), rows[name]) for name in plain})
-        self._fill(blocks, len(value), {name: r for name, r in rows.items() if name not in plain})
-        order = list(self.params)
-        return value, residual, dict(sorted(blocks.items(), key=lambda item: order.index(item[0])))
+        return value, residual, self._complete(blocks, len(value), rows)
 
     def _ruled(self, batch: Batch, of: str) -> tuple[Tensor, Tensor, dict[str, Block], set[str]]:
         """Value, residual, a block for each parameter that the rules reached, and names that need autograd here."""
+        value, residual, calls, late = self._calls(batch, of)
+        found: dict[tuple[str, ...], list[Block]] = {}
+        for module, x, g in calls:
+            if len(x) != len(value) or len(g) != len(value):
+                # rows are not examples (experts get the tokens routed to them): no rule for this batch
+                late |= set(self._slots[module].values())
+            elif not self._collect(found, module, x, g):
+                self.refused |= set(self._slots[module].values())
+                late |= self.refused
+        return value, residual, _merged(found, late), late
+
+    def positions(self, batch: Batch, of: str, length: int) -> tuple[dict[str, Block], dict[str, Block]]:
+        """One example's gradient, split into the parts that flow through its positions.
+
+        Args:
+            batch: one example.
+            of: "output" or "loss".
+            length: T, how many positions it has.
+
+        Returns:
+            blocks of T rows, one per position, and blocks of one row: what has no position, empty where there is none.
+            Their rows add up to the example's gradient.
+        """
+        value, _, calls, late = self._calls(batch, of)
+        at: dict[tuple[str, ...], list[Block]] = {}
+        rest: dict[tuple[str, ...], list[Block]] = {}
+        for module, x, g in calls:
+            # a layer that sees positions as channels or side by side in a picture has another dimension second
+            placed = rule_for(module) not in SPATIAL and x.shape[:2] == g.shape[:2] == (1, length)
+            if len(x) != 1 or len(g) != 1:
+                covered = False
+            elif placed:
+                covered = self._collect(at, module, x[0].unsqueeze(1), g[0].unsqueeze(1))
+            else:
+                covered = self._collect(rest, module, x, g)
+            if not covered:
+                late |= set(self._slots[module].values())
+        rows = self._autograd(batch, of, self.fallback | late)
+        parts, others = _merged(at, late), _merged(rest, late)
+        whole = bool(rows or others)
+        return self._complete(parts, length, {}), self._complete(others, len(value), rows) if whole else {}
+
+    def _complete(self, blocks: dict[str, Block], examples: int, rows: dict[str, Tensor]) -> dict[str, Block]:
+        """A block per parameter, in their order: those found, those of rows by autograd, and zeros for the others."""
+        plain = self.fallback | self.unproven
+        for name in plain:
+            zeros = self._like(name).new_zeros(examples, self.params[name].numel()) if name not in rows else rows[name]
+            blocks[name] = Flat((name,), zeros)
+        self._fill(blocks, examples, {name: r for name, r in rows.items() if name not in plain})
+        order = list(self.params)
+        return dict(sorted(blocks.items(), key=lambda item: order.index(item[0])))
+
+    def _calls(self, batch: Batch, of: str) -> tuple[Tensor, Tensor, list[tuple[nn.Module, Tensor, Tensor]], set[str]]:
+        """Value, residual, each ruled call's input and output gradient, and unproven names that matter here."""
         calls: list[tuple[nn.Module, Tensor, Any]] = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -130,26 +178,16 @@ class Capture:
         finally:
             for handle in handles:
                 handle.remove()
-        found: dict[tuple[str, ...], list[Block]] = {}
         late: set[str] = set()
         watched = sorted(self.unproven)
         inputs = [edge for _, _, edge in calls] + [self.params[name] for name in watched]
+        reached: list[tuple[nn.Module, Tensor, Tensor]] = []
         if inputs and value.requires_grad:
             grads = torch.autograd.grad(value.sum(), inputs, allow_unused=True)
             # the batch's summed gradient tells whether an unproven parameter matters here at all
             late = {n for n, g in zip(watched, grads[len(calls) :], strict=True) if g is not None and bool(g.any())}
-            for (module, x, _), g in zip(calls, grads, strict=False):
-                if g is None:
-                    continue
-                if len(x) != len(value) or len(g) != len(value):
-                    # rows are not examples (experts get the tokens routed to them): no rule for this batch
-                    late |= set(self._slots[module].values())
-                    continue
-                if not self._collect(found, module, x, g):
-                    self.refused |= set(self._slots[module].values())
-                    late |= self.refused
-        found = {names: blocks for names, blocks in found.items() if late.isdisjoint(names)}
-        return value.detach(), residual, {block.params[0]: block for block in map(merge, found.values())}, late
+            reached = [(m, x, g) for (m, x, _), g in zip(calls, grads, strict=False) if g is not None]
+        return value.detach(), residual, reached, late
 
     def _joined(self, module: nn.Module) -> bool:
         return all(self._uses[name] == 1 for name in self._slots[module].values())
@@ -229,6 +267,12 @@ class Capture:
                 g = torch.zeros_like(parameter) if g is None else g.to_dense() if g.is_sparse else g
                 rows[name].append(g.detach().flatten())
         return {name: torch.stack(value) for name, value in rows.items()}
+
+
+def _merged(found: dict[tuple[str, ...], list[Block]], late: set[str]) -> dict[str, Block]:
+    """One block per parameter, but for those that autograd takes."""
+    kept = [merge(blocks) for names, blocks in found.items() if late.isdisjoint(names)]
+    return {block.params[0]: block for block in kept}
 
 
 def calibrate(task: Task, model: nn.Module, params: dict[str, nn.Parameter], batch: Batch, of: str) -> Verdict:

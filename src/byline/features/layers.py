@@ -175,6 +175,9 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.BatchNorm3d: batch_norm,
 }
 
+SPATIAL: tuple[Rule, ...] = (conv, group_norm, batch_norm)
+"""Rules of layers whose second dimension is the channel, not the position."""
+
 
 def groups_of(module: nn.Module, slots: set[str], join: bool) -> list[tuple[str, ...]]:
     """Which parameters of a module share a block."""
