@@ -128,7 +128,7 @@ def tokens(
         order = np.asarray(train, dtype=np.int64).reshape(-1)
         odd = [int(i) for i in order if not 0 <= i < attributor.n_train_]
         if odd or not len(order):
-            raise ValueError(f"train is {list(order)}; expected places from 0 to {attributor.n_train_ - 1}")
+            raise ValueError(f"train is {order.tolist()}; expected places from 0 to {attributor.n_train_ - 1}")
     found = _Split(attributor, data).of([int(i) for i in order])
     longest = max(values.shape[1] for values, _, _ in found) - 1
     ids = [np.asarray(one) for _, _, one in found]

@@ -215,6 +215,10 @@ class Capture:
                 params = tuple(names[a] for a in attributes)
                 if params[0] not in seen:
                     own = [rows.get(name) for name in params]
+                    if own == [None]:
+                        # of a weight that layers of several kinds share, the form that their sum has
+                        users = [m for m, named in self._slots.items() if params[0] in named.values()]
+                        module = next((m for m in users if not isinstance(m, nn.Embedding)), module)
                     blocks[params[0]] = block_of(module, attributes, params, own, self._like(params[0]), examples)
                     seen |= set(params)
 
