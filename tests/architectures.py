@@ -374,6 +374,87 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=13, n_positions=8, n_embd=8, n_layer=1, n_head=2))
 
 
+def llama(**arguments):
+    """RMSNorm, rotary positions, grouped-query attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**{**SMALL, **arguments}))
+
+
+def qwen3():
+    """Norms of queries and keys, head by head."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=4))
+
+
+def gemma2():
+    """Embeddings scaled by √d, tied with the head; norms of weight 1 + w; logits capped."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=4))
+
+
+SMALL = {
+    "vocab_size": 13,
+    "hidden_size": 8,
+    "intermediate_size": 10,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def peft(base, *targets: str, **arguments):
+    """A PEFT model as it is: the adapter's weights are the trainable ones."""
+
+    def make():
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False, **arguments)
+        return get_peft_model(base(), config)
+
+    return make
+
+
+class OwnRMSNorm(nn.Module):
+    """A norm that no rule knows by its class."""
+
+    def __init__(self, d, extra=0.0, power=1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.extra, self.power = extra, power
+
+    def forward(self, x):
+        normal = x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
+        return normal * (self.extra + self.weight) ** self.power
+
+
+class Gated(nn.Module):
+    """A vector weight on a module that wants two tensors."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.norm = nn.LayerNorm(d)
+        self.inner = self.Gate(d)
+
+    class Gate(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(d))
+
+        def forward(self, x, gate):
+            return x * self.weight * gate.sigmoid()
+
+    def forward(self, x):
+        return self.inner(self.norm(x), x) * self.weight
+
+
 def conv1d_of_transformers():
     from transformers.pytorch_utils import Conv1D
 
@@ -480,6 +561,19 @@ CASES = [
     Case("conv1d-of-transformers", conv1d_of_transformers, vectors(), needs="transformers"),
     Case("gpt2-labels", gpt2, padded(), "language-modeling", needs="transformers"),
     Case("gpt2-attention-mask", gpt2, padded(labels=False), "language-modeling", needs="transformers"),
+    Case("llama", llama, padded(), "language-modeling", needs="transformers"),
+    Case("llama-tied", lambda: llama(tie_word_embeddings=True), padded(), "language-modeling", needs="transformers"),
+    Case("qwen3", qwen3, padded(labels=False), "language-modeling", needs="transformers"),
+    Case("gemma2", gemma2, padded(), "language-modeling", needs="transformers"),
+    Case("peft-gpt2", peft(gpt2, "c_attn", "c_fc"), padded(), "language-modeling", needs="peft"),
+    Case("peft-llama", peft(llama, "q_proj", "v_proj", "down_proj"), padded(), "language-modeling", needs="peft"),
+    Case("peft-dora", peft(llama, "q_proj", use_dora=True), padded(), "language-modeling", needs="peft"),
+    Case("peft-embedding", peft(gpt2, "wte", "c_fc"), padded(), "language-modeling", needs="peft"),
+    Case("own-rms-norm", lambda: Net(nn.Linear(4, 6), OwnRMSNorm(6), nn.Linear(6, 3), over_tokens), arrays(5, 4)),
+    Case("own-rms-norm-plus-one", lambda: Net(OwnRMSNorm(4, 1.0), nn.Linear(4, 3), over_tokens), arrays(5, 4)),
+    Case("own-rms-norm-squared", lambda: Net(OwnRMSNorm(4, power=2), nn.Linear(4, 3), over_tokens), arrays(5, 4)),
+    Case("gated", lambda: Net(nn.Linear(4, 6), Gated(6), nn.Linear(6, 3), over_tokens), arrays(5, 4)),
+    Case("prelu", lambda: Net(nn.Linear(4, 6), nn.PReLU(), nn.Linear(6, 3), over_tokens), arrays(5, 4)),
     Case("tied-head", TiedHead, aligned(), "language-modeling"),
     Case("tied-head-bias", lambda: TiedHead(bias=True), aligned(), "language-modeling"),
     Case("one-linear-twice", Twice, vectors()),

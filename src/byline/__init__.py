@@ -33,6 +33,7 @@ from byline.methods import (
 )
 from byline.scores import Ranking, Scores
 from byline.task import Task
+from byline.tokens import TokenScores, tokens
 from byline.training import Recipe, Trainer, train_many
 from byline.votes import Votes, settled
 
@@ -69,6 +70,7 @@ __all__ = [
     "RepresenterPoints",
     "Scores",
     "Task",
+    "TokenScores",
     "TracIn",
     "TrackStar",
     "Trainer",
@@ -87,6 +89,7 @@ __all__ = [
     "retrain",
     "settled",
     "subclass_detection",
+    "tokens",
     "topk_overlap",
     "train_lora",
     "train_many",

@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 Batch = Any
 
@@ -109,13 +117,22 @@ def as_dataset(data: Any, name: str) -> Any:
     return data
 
 
+def collate_of(dataset: Any, given: Callable[[list[Any]], Batch] = default_collate) -> Callable[[list[Any]], Batch]:
+    """What makes a batch of a dataset's items: what was given, or the ``collate_fn`` that the dataset has itself."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    own = getattr(dataset, "collate_fn", None)
+    return own if given is default_collate and callable(own) else given
+
+
 def _holds_tensors(dataset: Any) -> bool:
     """Whether a dataset's items are rows of its tensors: a subclass may have a ``__getitem__`` of its own."""
     return isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__
 
 
 def gather(dataset: Any, indices: list[int], collate: Callable[[list[Any]], Batch] = default_collate) -> Batch:
-    """The examples at these indices, collated."""
+    """The examples at these indices, collated by the dataset's own ``collate_fn`` where no other is given."""
+    collate = collate_of(dataset, collate)
     if _holds_tensors(dataset) and collate is default_collate:
         return tuple(t[indices] for t in dataset.tensors)
     items = dataset.__getitems__(indices) if hasattr(dataset, "__getitems__") else [dataset[i] for i in indices]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from byline import batches
+from byline import batches, sequences
 from byline.batches import Batch
 
 PerExample = Callable[[nn.Module, Batch], Tensor]
@@ -60,8 +60,10 @@ class Task:
             - regression: the prediction, (B,) or (B, 1); squared error / 2.
             - language-modeling: the mean over the target tokens of the token margins; the mean token negative
               log-likelihood. A dict batch follows Hugging Face (``labels`` are shifted here, -100 is left out, and
-              without ``labels`` the ``input_ids`` under ``attention_mask`` are the targets); a tuple
-              ``(ids, targets)`` has its targets already aligned with the logits; a lone tensor of ids is shifted.
+              without ``labels`` the ``input_ids`` under ``attention_mask`` are the targets; ``position_ids`` count
+              from the first token that is kept); a tuple ``(ids, targets)`` has its targets already aligned with the
+              logits; a lone tensor of ids is shifted. Padding, on either side, changes nothing. Half-precision logits
+              are read as float32.
         loss: ``f(model, batch) -> (B,)``, the loss per example that training minimised. Without one, a callable
             output has the loss ``-output``.
         residual: ``f(model, batch) -> (B,)``, TRAK's Q for a callable output. Without one the output is read as a
@@ -161,6 +163,10 @@ class Task:
     def relabelled(self, batch: Batch, labels: Tensor) -> Batch:
         """The batch with the labels (B, T) in place of its own, aligned with the logits of `natural`."""
         return self._output.relabelled(batch, labels)
+
+    def numbers(self, batch: Batch) -> int:
+        """Numbers per example that one prediction takes where that may be many (tokens × vocabulary); else 0."""
+        return self._output.numbers(batch)
 
     @property
     def has_likelihood(self) -> bool:
@@ -268,7 +274,7 @@ class _Output:
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any, Batch]:
         args, kwargs, target = self.split(batch)
-        prediction = model(*args, **kwargs)
+        prediction = model(*args, **self.prepared(model, args, kwargs))
         if hasattr(prediction, "logits"):
             prediction = prediction.logits
         elif isinstance(prediction, Mapping) and "logits" in prediction:
@@ -280,6 +286,14 @@ class _Output:
                 f"the model gave a {type(prediction).__name__}; expected a tensor or an object with .logits"
             )
         return prediction, target, batch
+
+    def prepared(self, model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+        """What the model is given by name, after a look at whether it can take the batch."""
+        return named
+
+    def numbers(self, batch: Batch) -> int:
+        """Numbers per example that the model's prediction takes, where that may be many; 0 otherwise."""
+        return 0
 
     def evaluate(self, prediction: Tensor, target: Any, batch: Batch) -> Evaluation:
         raise NotImplementedError
@@ -370,6 +384,19 @@ class _Regression(_Output):
 
 
 class _LanguageModeling(_Output):
+    def __init__(self) -> None:
+        self._vocabulary = 0
+
+    def prepared(self, model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+        found = sequences.problem(model, *sequences.inputs(args, named))
+        if found is not None:
+            raise ExampleError(*found)
+        return sequences.placed(model, named)
+
+    def numbers(self, batch: Batch) -> int:
+        longest = max((t.shape[1] for t in batches.tensors(batch) if t.ndim > 1), default=1)
+        return longest * self._vocabulary
+
     def _aligned(self, prediction: Tensor, target: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, the labels they predict, and the weight of each token in the mean."""
         if prediction.ndim != 3:
@@ -377,10 +404,18 @@ class _LanguageModeling(_Output):
                 f"the model's logits have shape {tuple(prediction.shape)}; language-modeling expects "
                 "(batch, tokens, vocabulary)"
             )
+        self._vocabulary = prediction.shape[-1]
+        if prediction.dtype in (torch.bfloat16, torch.float16):
+            # the log-sum-exp of a vocabulary and a mean over tokens need more digits than these have
+            prediction = prediction.float()
         logits, labels = prediction, target
         if isinstance(batch, Mapping) or target is None:
             labels = self._own_labels(batch) if target is None else target
             logits, labels = prediction[:, :-1], labels[:, 1:]
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            if isinstance(mask, Tensor) and mask.shape == prediction.shape[:2]:
+                # with padding on the left, it is a padding position that stands before the first token
+                labels = labels.masked_fill(mask[:, :-1] == 0, -100)
         if labels.shape != logits.shape[:2]:
             raise ValueError(f"the labels have shape {tuple(labels.shape)}; expected {tuple(logits.shape[:2])}")
         labels = labels.long()

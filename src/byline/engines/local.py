@@ -37,6 +37,7 @@ from byline.task import Task
 # side by side, masks share the overhead of each operation; beyond this many rows there is none left to share
 _TILED_ROWS = 1024
 _PIECES = 16  # per process
+_LOGITS = 2**25  # numbers of a prediction at once: a language model's are tokens × vocabulary per example
 
 
 @dataclass
@@ -68,6 +69,18 @@ class Job:
         else:
             found = batches.gather(self.dataset, list(range(start, stop)), self.collate)
         return batches.to(found, device)
+
+    def pieces(self, batch: Any, copies: int = 1) -> Iterator[tuple[int, int, Any]]:
+        """(start, stop, examples) of a batch, as many at a time as their predictions leave room for.
+
+        Args:
+            batch: the examples.
+            copies: how often each is going to be repeated.
+        """
+        size, numbers = batches.size(batch), self.task.numbers(batch) * copies
+        step = max(1, min(size, _LOGITS // numbers)) if numbers else size
+        for start, stop in batches.spans(size, step):
+            yield start, stop, batch if step == size else batches.take(batch, start, stop)
 
     def spans(self) -> list[tuple[int, int]]:
         """The batches of the dataset, or of the part of it."""
@@ -385,11 +398,12 @@ def _learn(job: Job, member: Member, chunk: int, store: Store, bench: Workbench)
             chosen = list(range(n)) if indices is None else indices
             for start, stop in batches.spans(len(chosen), job.batch_size):
                 part = chosen[start:stop]
-                batch = batches.to(batches.gather(job.dataset, part, job.collate), bench.device)
-                blocks = _checked(job, capture, batch, part)[2]
-                if not seen:
-                    seen.append({name: _cut(block, 0, 1) for name, block in blocks.items()})
-                yield blocks
+                whole = batches.to(batches.gather(job.dataset, part, job.collate), bench.device)
+                for a, b, batch in job.pieces(whole):
+                    blocks = _checked(job, capture, batch, part[a:b])[2]
+                    if not seen:
+                        seen.append({name: _cut(block, 0, 1) for name, block in blocks.items()})
+                    yield blocks
 
     state = job.features.learn(passes, n)
     if not seen:
@@ -418,9 +432,8 @@ def _write(job: Job, unit: Unit, active: Active, store: Store, bench: Workbench,
         low, high = _range(job, unit, index)
         parts: list[list[dict[str, np.ndarray]]] = [[] for _ in unit.members]
         values, residuals = torch.empty(copies, high - low), torch.empty(copies, high - low)
-        # one batch, unless the store was begun with larger ones
-        for start, stop in batches.spans(high - low, job.batch_size):
-            batch, size = job.batch(low + start, low + stop, bench.device), stop - start
+        for start, stop, batch in _batches(job, low, high, bench, copies):
+            size = stop - start
             if copies > 1:
                 batch = batches.tile(batch, copies)
             value, residual, blocks = _checked(job, capture, batch, range(low + start, low + stop))
@@ -439,6 +452,14 @@ def _write(job: Job, unit: Unit, active: Active, store: Store, bench: Workbench,
                 store.write(key, index, _joined(parts[copy]), values[copy], residuals[copy])
         advance(copies, doing)
     return flops
+
+
+def _batches(job: Job, low: int, high: int, bench: Workbench, copies: int = 1) -> Iterator[tuple[int, int, Any]]:
+    """(start, stop, examples) of a chunk, counted from its beginning: one batch where there is room for it."""
+    for start, stop in batches.spans(high - low, job.batch_size):
+        whole = job.batch(low + start, low + stop, bench.device)
+        for a, b, batch in job.pieces(whole, copies):
+            yield start + a, start + b, batch
 
 
 def _range(job: Job, unit: Unit, index: int) -> tuple[int, int]:
@@ -498,8 +519,7 @@ def _write_residuals(job: Job, unit: Unit, store: Store, bench: Workbench, advan
         for index in chunks:
             low, high = _range(job, unit, index)
             residuals = torch.empty(high - low)
-            for start, stop in batches.spans(high - low, job.batch_size):
-                batch = job.batch(low + start, low + stop, bench.device)
+            for start, stop, batch in _batches(job, low, high, bench):
                 with naming(job.name, range(low + start, low + stop)):
                     residuals[start:stop] = job.task.residual(active.model, batch)
                 if job.ledger is not None and not flops:
@@ -524,11 +544,12 @@ def stream_rows(
     """
     with bench.active(member, "gradient") if active is None else nullcontext(active) as active:
         capture = active.capture(job.of)
-        for start, stop in job.spans():
-            batch = job.batch(start, stop, bench.device)
-            _, _, blocks = _checked(job, capture, batch, range(start, stop))
-            if start == 0 and job.ledger is not None:
-                job.ledger.add_flops(
-                    "serving", _row_flops(job, capture, batch, state) * len(job.dataset) / (stop - start)
-                )
-            yield start, stop, job.features.rows(blocks, state)
+        for first, last in job.spans():
+            for a, b, batch in job.pieces(job.batch(first, last, bench.device)):
+                start, stop = first + a, first + b
+                _, _, blocks = _checked(job, capture, batch, range(start, stop))
+                if start == 0 and job.ledger is not None:
+                    job.ledger.add_flops(
+                        "serving", _row_flops(job, capture, batch, state) * len(job.dataset) / (stop - start)
+                    )
+                yield start, stop, job.features.rows(blocks, state)

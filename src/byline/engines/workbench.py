@@ -73,7 +73,7 @@ class Workbench:
             beside: members that differ from it in the mask alone, to run on further copies of the batch.
         """
         if self._loaded != member.weights.digest():
-            member.weights.into(self.model)
+            member.weights.into(self.model, self.task.model)
             self._loaded = member.weights.digest()
         changes = list(member.chain(chain))
         masks = [change for change in changes if isinstance(change, MaskChange)]

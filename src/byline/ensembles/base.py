@@ -81,13 +81,21 @@ class Weights:
             raise ValueError(f"{self.name}: {path} holds no state_dict; expected a mapping from names to tensors")
         return state
 
-    def into(self, model: nn.Module) -> None:
-        """Load into a model of the same structure."""
+    def into(self, model: nn.Module, base: nn.Module | None = None) -> None:
+        """Load into a model of the same structure.
+
+        Args:
+            model: whose weights are replaced.
+            base: gives the frozen parameters that a checkpoint leaves out; those that ``model`` has by default.
+        """
+        state = self.load()
+        if base is not None and not state.keys() >= model.state_dict().keys():
+            model.load_state_dict(base.state_dict())
         # a tied weight may stand under one of its names alone; `check` has seen that nothing is missing
-        model.load_state_dict(self.load(), strict=False)
+        model.load_state_dict(state, strict=False)
 
     def check(self, model: nn.Module) -> None:
-        """Refuse weights that do not fit a model.
+        """Refuse weights that do not fit a model. Frozen parameters may be left out: they are the model's own.
 
         Raises:
             ValueError: names the keys that are missing, unexpected or of another shape.
@@ -95,7 +103,8 @@ class Weights:
         state = self.load()
         own = model.state_dict(keep_vars=True)
         given = {id(own[key]) for key in own if key in state}
-        missing = sorted(key for key in own if key not in state and id(own[key]) not in given)
+        frozen = {key for key, value in own.items() if isinstance(value, nn.Parameter) and not value.requires_grad}
+        missing = sorted(key for key in own if key not in state and id(own[key]) not in given and key not in frozen)
         unexpected = sorted(set(state) - set(own))
         shapes = [
             f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
@@ -226,6 +235,16 @@ class Joined(Ensemble):
         """Validate every part."""
         for part in self.parts:
             part.validate(model)
+
+
+def save_trained(model: nn.Module, path: str | Path) -> None:
+    """Write what training changes as a ``.safetensors`` file: the trainable parameters, each once, and the buffers."""
+    from safetensors.torch import save_file
+
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    state = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state.update({name: value for name, value in model.state_dict().items() if name not in names})
+    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, path)
 
 
 def as_ensemble(value: Any, name: str = "ensemble") -> Ensemble:

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from byline import batches
 from byline.ensembles.base import Change, Ensemble, Member, Weights, as_ensemble, check_count, check_seed
@@ -34,6 +35,8 @@ class Adapter:
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    base: str | None = None
+    """Digest of the weights that it was trained on; None where that is not known."""
 
     @classmethod
     def load(cls, path: str | Path) -> Adapter:
@@ -42,14 +45,16 @@ class Adapter:
         Raises:
             FileNotFoundError: one of the two is missing (an ``adapter_model.bin`` would have to be unpickled).
         """
-        from safetensors.torch import load_file
+        from safetensors import safe_open
 
         folder = Path(path)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"adapter {folder} has no {name}; expected a folder as PEFT saves it")
         config = json.loads((folder / "adapter_config.json").read_text())
-        return cls(config, load_file(folder / "adapter_model.safetensors"))
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            return cls(config, tensors, (file.metadata() or {}).get("byline_base"))
 
     @classmethod
     def of(cls, value: Any) -> Adapter:
@@ -77,7 +82,8 @@ class Adapter:
 
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.tensors.items()}, folder / "adapter_model.safetensors")
+        about = {"format": "pt", **({} if self.base is None else {"byline_base": self.base})}
+        save_file({k: v.contiguous() for k, v in self.tensors.items()}, folder / "adapter_model.safetensors", about)
         (folder / "adapter_config.json").write_text(json.dumps(self.config, indent=2, sort_keys=True))
 
     def digest(self) -> str:
@@ -105,8 +111,11 @@ class AdapterChange(Change):
 
     @contextmanager
     def apply(self, model: nn.Module) -> Iterator[nn.Module]:
-        """A copy of the model with the adapter injected."""
-        changed = inject(model, self.adapter.config)
+        """The model with the adapter injected; the base's weights are shared, not copied."""
+        try:
+            changed = inject(model, self.adapter.config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.name} does not fit the task's model: {error}") from error
         own = {key for key, _ in changed.named_parameters() if self.selects(key)}
         given = {_inside(key): value for key, value in self.adapter.tensors.items()}
         if own != set(given):
@@ -136,16 +145,32 @@ def _outside(key: str) -> str:
 
 
 def inject(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
-    """A copy of the model with LoRA layers in it, in eval mode; only they are trainable."""
+    """A copy on the same weights with LoRA layers in it, in eval mode; only they are trainable."""
     from peft import LoraConfig, inject_adapter_in_model
 
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise ValueError(f"its peft_type is {kind!r}; expected 'LORA'")
     known = {k: v for k, v in config.items() if k in LoraConfig.__dataclass_fields__ and v is not None}
     known.pop("peft_type", None)
     known["inference_mode"] = False
-    changed = inject_adapter_in_model(LoraConfig(**known), copy.deepcopy(model))
+    changed = inject_adapter_in_model(LoraConfig(**known), copy.deepcopy(model, _sharing(model)))
     for name, parameter in changed.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return changed.eval()
+
+
+def _sharing(model: nn.Module) -> dict[int, Any]:
+    """A memo for ``deepcopy`` under which a copy has parameters of its own that hold the model's numbers."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    # deepcopy keeps alive what it has made under this key, and what is only in values would be lost to reused ids
+    memo[id(memo)] = list(memo.values())
+    return memo
+
+
+def base_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters, each once, by which an adapter knows the model that it was trained on."""
+    return batches.digest_of(sorted((name, p.detach()) for name, p in model.named_parameters()))
 
 
 class LoRA(Ensemble):
@@ -154,6 +179,10 @@ class LoRA(Ensemble):
     Args:
         base: the trained models.
         adapters: per trained model, a list of adapters: folders as PEFT saves them, PEFT models, or `Adapter` objects.
+
+    Raises:
+        ValueError: when fitted, an adapter whose layers the model does not have, or one that `train_lora` trained on
+            other weights.
     """
 
     kind = "lora"
@@ -178,17 +207,54 @@ class LoRA(Ensemble):
             for number, adapter in enumerate(row)
         ]
 
+    def save(self, folder: str | Path) -> list[list[Path]]:
+        """Write every adapter as PEFT does, into ``folder/model-0/adapter-0`` and so on.
+
+        Returns:
+            the folders, per trained model: what ``LoRA(base, adapters=...)`` takes.
+        """
+        places = [
+            [Path(folder) / f"model-{i}" / f"adapter-{number}" for number in range(len(row))]
+            for i, row in enumerate(self.adapters)
+        ]
+        for row, own in zip(self.adapters, places, strict=True):
+            for adapter, place in zip(row, own, strict=True):
+                adapter.save(place)
+        return places
+
     def validate(self, model: nn.Module) -> None:
-        """Validate the base."""
+        """Validate the base, and hold the adapters against it."""
         self.base.validate(model)
+        known = [
+            (m, row) for m, row in zip(self.base.members(), self.adapters, strict=True) if any(a.base for a in row)
+        ]
+        if not known:
+            return
+        scratch = copy.deepcopy(model)
+        for member, row in known:
+            member.weights.check(model)
+            member.weights.into(scratch, model)
+            own = base_digest(scratch)
+            for number, adapter in enumerate(row):
+                if adapter.base not in (None, own):
+                    raise ValueError(
+                        f"adapter {number} of {member.name} was trained on another base: its weights are "
+                        f"{str(adapter.base)[:12]}…, those of {member.name} {own[:12]}…"
+                    )
 
 
 def lora_targets(model: nn.Module, targets: Sequence[str] | None) -> list[str]:
-    """Names of the layers that get an adapter: those given, or all that PEFT supports and that are trainable."""
+    """Names of the layers that get an adapter: those given, or all that PEFT supports.
+
+    Without ``targets``, embeddings are left out, and so is the head of a language model: an adapter on it is as wide as
+    the vocabulary.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     names = [
         name
         for name, module in model.named_modules()
         if name
+        and not (module is head and targets is None)
         and (isinstance(module, _SUPPORTED) or type(module).__name__ == "Conv1D")
         and getattr(module, "groups", 1) == 1
         and not (isinstance(module, nn.Embedding) and targets is None)
@@ -209,14 +275,15 @@ def train_lora(
     train_set: Any,
     adapters: int = 4,
     rank: int = 8,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     *,
     alpha: float | None = None,
     dropout: float = 0.0,
-    targets: Sequence[str] | None = None,
+    targets: Sequence[str] | str | None = None,
     epochs: int = 3,
     lr: float = 1e-3,
     batch_size: int = 64,
+    collate: Callable[[list[Any]], Any] | None = None,
     progress: bool = True,
 ) -> LoRA:
     """Fine-tune L low-rank adapters of each trained model and return them as an ensemble.
@@ -227,17 +294,22 @@ def train_lora(
         train_set: map-style dataset of the training examples.
         adapters: L, per trained model; they differ in initialisation and in the order of the examples.
         rank: of the adapters.
-        seed: of all of it.
+        seed: of all of it; a list gives each of the L adapters its own.
         alpha: LoRA's scale (the update is ``alpha/rank · B A``); twice the rank by default.
         dropout: on the adapters' inputs while they are trained.
-        targets: names of the adapted layers; every linear and convolutional layer by default.
+        targets: names of the adapted layers, or their last parts (``["c_attn"]``, ``"q_proj"``); every linear and
+            convolutional layer by default, but for a language model's head.
         epochs: over the training set.
         lr: of AdamW.
         batch_size: examples per step.
+        collate: makes a batch of a list of items; the dataset's own ``collate_fn``, or torch's default.
         progress: show a progress bar.
 
     Returns:
-        the ensemble; ``ensemble.adapters[i][l].save(folder)`` writes PEFT's format.
+        the ensemble; ``ensemble.save(folder)`` writes PEFT's format.
+
+    Raises:
+        ValueError: an argument out of its range, layers that the model does not have, or training that diverges.
     """
     from byline.progress import track
 
@@ -245,7 +317,19 @@ def train_lora(
     check_count(adapters, "adapters")
     check_count(rank, "rank")
     check_count(epochs, "epochs")
-    check_seed(seed)
+    check_count(batch_size, "batch_size")
+    if isinstance(seed, list | tuple):
+        if len(seed) != adapters or len(set(seed)) != adapters:
+            raise ValueError(f"seed is {list(seed)}; expected {adapters} different ones, one per adapter")
+        keys = [(check_seed(one), 0) for one in seed]
+    else:
+        keys = [(check_seed(seed), number) for number in range(adapters)]
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout!r}; expected a number from 0 to below 1")
+    for name, value in (("lr", lr), ("alpha", 1 if alpha is None else alpha)):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value!r}; expected a finite number above 0")
+    targets = [targets] if isinstance(targets, str) else targets
     data = batches.as_dataset(train_set, "train_set")
     names = lora_targets(task.model, targets)
     config = {
@@ -261,9 +345,9 @@ def train_lora(
     for index, member, number in track(jobs, "training adapters", progress):
         if member.changes:
             raise ValueError(f"{member.name} is not a plain trained model; train adapters on Independent or Trajectory")
-        rows[index].append(
-            _train_one(task, member.weights, data, config, (seed, index, number), epochs, lr, batch_size)
-        )
+        key = (keys[number][0], index, keys[number][1])
+        make = default_collate if collate is None else collate
+        rows[index].append(_train_one(task, member.weights, data, config, key, epochs, lr, batch_size, make))
     return LoRA(base, rows)
 
 
@@ -276,12 +360,14 @@ def _train_one(
     epochs: int,
     lr: float,
     batch_size: int,
+    collate: Callable[[list[Any]], Any],
 ) -> Adapter:
     number = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:6], "little")
     with torch.random.fork_rng():
         torch.manual_seed(number)
         model = copy.deepcopy(task.model)
         weights.into(model)
+        base = base_digest(model)
         model = inject(model, config)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # LoRA starts as the identity; only its own layers are in train mode, so that statistics stay put
@@ -289,13 +375,14 @@ def _train_one(
             if "lora" in type(module).__module__ or isinstance(module, nn.Dropout):
                 module.train()
         optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
+        device = next(iter(trained.values())).device
         n = len(data)
         steps = epochs * -(-n // batch_size)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=max(1, steps))
         for _ in range(epochs):
             order = torch.randperm(n).tolist()
             for start in range(0, n, batch_size):
-                batch = batches.gather(data, order[start : start + batch_size])
+                batch = batches.to(batches.gather(data, order[start : start + batch_size], collate), device)
                 optimizer.zero_grad(set_to_none=True)
                 task.loss(model, batch).mean().backward()
                 optimizer.step()
@@ -303,7 +390,7 @@ def _train_one(
     tensors = {_outside(name): p.detach().clone() for name, p in trained.items()}
     if not all(bool(t.isfinite().all()) for t in tensors.values()):
         raise ValueError(f"training the adapters diverged at lr={lr}; expected finite weights, try a smaller lr")
-    return Adapter(config, tensors)
+    return Adapter(config, tensors, base)
 
 
 __all__ = ["Adapter", "LoRA", "train_lora"]

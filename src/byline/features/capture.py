@@ -21,10 +21,17 @@ from torch.func import functional_call, grad, vmap
 from byline import batches
 from byline.batches import Batch
 from byline.features.blocks import Block, Flat, merge
-from byline.features.layers import block_of, groups_of, rule_for
+from byline.features.layers import SPATIAL, block_of, groups_of, rule_for
 from byline.task import Task
 
 log = logging.getLogger("byline")
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def wide(t: Tensor) -> Tensor:
+    """Half precisions as float32, everything else as it is."""
+    return t.float() if t.dtype in HALF else t
 
 
 class _Differentiated(nn.Module):
@@ -78,6 +85,8 @@ class Capture:
             self._uses[name] = self._uses.get(name, 0) + 1
         ruled = {name for name in params if all(rule_for(m) for m, _, n in slots if n == name) and name in self._uses}
         self.fallback = frozenset((set(params) - ruled) | verdict.fallback) - self.unproven
+        self.refused: set[str] = set()
+        """Parameters of calls that a rule turned out not to cover."""
         self._slots: dict[nn.Module, dict[str, str]] = {}
         for module, attribute, name in slots:
             if name not in self.fallback and name not in self.unproven:
@@ -96,16 +105,64 @@ class Capture:
         """
         value, residual, blocks, late = self._ruled(batch, of)
         rows = self._autograd(batch, of, self.fallback | late)
-        for name in (self.fallback | self.unproven) - set(rows):
-            rows[name] = self.params[name].new_zeros(len(value), self.params[name].numel())
-        plain = self.fallback | self.unproven
-        blocks.update({name: Flat((name,), rows[name]) for name in plain})
-        self._fill(blocks, len(value), {name: r for name, r in rows.items() if name not in plain})
-        order = list(self.params)
-        return value, residual, dict(sorted(blocks.items(), key=lambda item: order.index(item[0])))
+        return value, residual, self._complete(blocks, len(value), rows)
 
     def _ruled(self, batch: Batch, of: str) -> tuple[Tensor, Tensor, dict[str, Block], set[str]]:
         """Value, residual, a block for each parameter that the rules reached, and names that need autograd here."""
+        value, residual, calls, late = self._calls(batch, of)
+        found: dict[tuple[str, ...], list[Block]] = {}
+        for module, x, g in calls:
+            if len(x) != len(value) or len(g) != len(value):
+                # rows are not examples (experts get the tokens routed to them): no rule for this batch
+                late |= set(self._slots[module].values())
+            elif not self._collect(found, module, x, g):
+                self.refused |= set(self._slots[module].values())
+                late |= self.refused
+        return value, residual, _merged(found, late), late
+
+    def positions(self, batch: Batch, of: str, length: int) -> tuple[dict[str, Block], dict[str, Block]]:
+        """One example's gradient, split into the parts that flow through its positions.
+
+        Args:
+            batch: one example.
+            of: "output" or "loss".
+            length: T, how many positions it has.
+
+        Returns:
+            blocks of T rows, one per position, and blocks of one row: what has no position, empty where there is none.
+            Their rows add up to the example's gradient.
+        """
+        value, _, calls, late = self._calls(batch, of)
+        at: dict[tuple[str, ...], list[Block]] = {}
+        rest: dict[tuple[str, ...], list[Block]] = {}
+        for module, x, g in calls:
+            # a layer that sees positions as channels or side by side in a picture has another dimension second
+            placed = rule_for(module) not in SPATIAL and x.shape[:2] == g.shape[:2] == (1, length)
+            if len(x) != 1 or len(g) != 1:
+                covered = False
+            elif placed:
+                covered = self._collect(at, module, x[0].unsqueeze(1), g[0].unsqueeze(1))
+            else:
+                covered = self._collect(rest, module, x, g)
+            if not covered:
+                late |= set(self._slots[module].values())
+        rows = self._autograd(batch, of, self.fallback | late)
+        parts, others = _merged(at, late), _merged(rest, late)
+        whole = bool(rows or others)
+        return self._complete(parts, length, {}), self._complete(others, len(value), rows) if whole else {}
+
+    def _complete(self, blocks: dict[str, Block], examples: int, rows: dict[str, Tensor]) -> dict[str, Block]:
+        """A block per parameter, in their order: those found, those of rows by autograd, and zeros for the others."""
+        plain = self.fallback | self.unproven
+        for name in plain:
+            zeros = self._like(name).new_zeros(examples, self.params[name].numel()) if name not in rows else rows[name]
+            blocks[name] = Flat((name,), zeros)
+        self._fill(blocks, examples, {name: r for name, r in rows.items() if name not in plain})
+        order = list(self.params)
+        return dict(sorted(blocks.items(), key=lambda item: order.index(item[0])))
+
+    def _calls(self, batch: Batch, of: str) -> tuple[Tensor, Tensor, list[tuple[nn.Module, Tensor, Tensor]], set[str]]:
+        """Value, residual, each ruled call's input and output gradient, and unproven names that matter here."""
         calls: list[tuple[nn.Module, Tensor, Any]] = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -121,36 +178,32 @@ class Capture:
         finally:
             for handle in handles:
                 handle.remove()
-        found: dict[tuple[str, ...], list[Block]] = {}
         late: set[str] = set()
         watched = sorted(self.unproven)
         inputs = [edge for _, _, edge in calls] + [self.params[name] for name in watched]
+        reached: list[tuple[nn.Module, Tensor, Tensor]] = []
         if inputs and value.requires_grad:
             grads = torch.autograd.grad(value.sum(), inputs, allow_unused=True)
             # the batch's summed gradient tells whether an unproven parameter matters here at all
             late = {n for n, g in zip(watched, grads[len(calls) :], strict=True) if g is not None and bool(g.any())}
-            for (module, x, _), g in zip(calls, grads, strict=False):
-                if g is None:
-                    continue
-                if len(x) != len(value) or len(g) != len(value):
-                    # rows are not examples (experts get the tokens routed to them): no rule for this batch
-                    late |= set(self._slots[module].values())
-                    continue
-                self._collect(found, module, x, g)
-        found = {names: blocks for names, blocks in found.items() if late.isdisjoint(names)}
-        return value.detach(), residual, {block.params[0]: block for block in map(merge, found.values())}, late
+            reached = [(m, x, g) for (m, x, _), g in zip(calls, grads, strict=False) if g is not None]
+        return value.detach(), residual, reached, late
 
     def _joined(self, module: nn.Module) -> bool:
         return all(self._uses[name] == 1 for name in self._slots[module].values())
 
-    def _collect(self, found: dict[tuple[str, ...], list[Block]], module: nn.Module, x: Tensor, g: Tensor) -> None:
+    def _collect(self, found: dict[tuple[str, ...], list[Block]], module: nn.Module, x: Tensor, g: Tensor) -> bool:
+        """Add the blocks of one call; False where its rule does not cover it."""
         rule = rule_for(module)
         assert rule is not None
         names = self._slots[module]
         with torch.no_grad():
-            for attributes, block in rule(module, x, g, set(names), self._joined(module)).items():
+            # sums over positions and products of factors in float32, whatever the weights
+            blocks = rule(module, wide(x), wide(g), set(names), self._joined(module))
+            for attributes, block in blocks.items():
                 block.params = tuple(names[a] for a in attributes)
                 found.setdefault(block.params, []).append(block)
+        return bool(blocks)
 
     def _fill(self, blocks: dict[str, Block], examples: int, rows: dict[str, Tensor]) -> None:
         """Blocks, in the form their rule gives, for parameters that this batch reached otherwise or not at all."""
@@ -162,14 +215,24 @@ class Capture:
                 params = tuple(names[a] for a in attributes)
                 if params[0] not in seen:
                     own = [rows.get(name) for name in params]
-                    blocks[params[0]] = block_of(module, attributes, params, own, self.params[params[0]], examples)
+                    if own == [None]:
+                        # of a weight that layers of several kinds share, the form that their sum has
+                        users = [m for m, named in self._slots.items() if params[0] in named.values()]
+                        module = next((m for m in users if not isinstance(m, nn.Embedding)), module)
+                    blocks[params[0]] = block_of(module, attributes, params, own, self._like(params[0]), examples)
                     seen |= set(params)
+
+    def _like(self, name: str) -> Tensor:
+        """A tensor of a parameter's shape and of its gradient's dtype; its numbers mean nothing."""
+        parameter = self.params[name]
+        return torch.empty_like(parameter, dtype=torch.float32) if parameter.dtype in HALF else parameter
 
     def _autograd(self, batch: Batch, of: str, wanted: Collection[str]) -> dict[str, Tensor]:
         """(B, numel) rows of these parameters by per-example autograd."""
         names = [name for name in self.params if name in wanted]
-        if not names:
-            return {}
+        return {name: wide(rows) for name, rows in self._rows(batch, of, names).items()} if names else {}
+
+    def _rows(self, batch: Batch, of: str, names: list[str]) -> dict[str, Tensor]:
         if self.vectorised:
             try:
                 return self._vectorised(batch, of, names)
@@ -210,6 +273,12 @@ class Capture:
         return {name: torch.stack(value) for name, value in rows.items()}
 
 
+def _merged(found: dict[tuple[str, ...], list[Block]], late: set[str]) -> dict[str, Block]:
+    """One block per parameter, but for those that autograd takes."""
+    kept = [merge(blocks) for names, blocks in found.items() if late.isdisjoint(names)]
+    return {block.params[0]: block for block in kept}
+
+
 def calibrate(task: Task, model: nn.Module, params: dict[str, nn.Parameter], batch: Batch, of: str) -> Verdict:
     """Hold the rules against autograd on a few examples, in their order and in the opposite one.
 
@@ -231,7 +300,7 @@ def calibrate(task: Task, model: nn.Module, params: dict[str, nn.Parameter], bat
     orders = [list(range(batches.size(batch))), list(reversed(range(batches.size(batch))))]
 
     def agrees(name: str, rows: Tensor | None, order: list[int]) -> bool:
-        reference = expected[name][order]
+        reference = wide(expected[name][order])
         if rows is None or rows.shape != reference.shape:
             return rows is None and not reference.any()
         error = float((rows - reference).norm())
@@ -250,7 +319,7 @@ def calibrate(task: Task, model: nn.Module, params: dict[str, nn.Parameter], bat
                     for block in blocks.values()
                     for name, part in zip(block.params, block.split(), strict=True)
                 }
-                checked = set(params) - capture.fallback - unproven - late
+                checked = set(params) - capture.fallback - unproven - (late - capture.refused)
                 found |= {name for name in checked if not agrees(name, rows.get(name), order)}
         except (RuntimeError, ValueError, IndexError) as error:
             # a rule that cannot even run, on a shape it does not foresee: leave everything to autograd

@@ -11,12 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from byline.features.blocks import Block, Flat, Lookup, Outer
 
 Rule = Callable[[Any, Tensor, Tensor, set[str], bool], dict[tuple[str, ...], Block]]
-"""(module, x, g, attributed parameters, bias may join the weight) -> a block per parameter or pair of them."""
+"""(module, x, g, attributed parameters, bias may join the weight) -> a block per parameter or pair of them.
+
+An empty dict: the rule does not cover this call.
+"""
 
 
 def _sum_positions(g: Tensor, keep: int = 1) -> Tensor:
@@ -82,9 +86,13 @@ def conv(module: Any, x: Tensor, g: Tensor, slots: set[str], join: bool) -> dict
 
 
 def embedding(module: nn.Embedding, x: Tensor, g: Tensor, slots: set[str], join: bool) -> dict[tuple[str, ...], Block]:
-    """``y_t = W[id_t]``: ∇W[id_t] += g_t; the padding row gets none."""
+    """``y_t = s W[id_t]``: ∇W[id_t] += s g_t; the padding row gets none."""
     b = x.shape[0]
     ids, right = x.reshape(b, -1), g.reshape(b, -1, g.shape[-1])
+    if type(module) is not nn.Embedding and ids.numel():
+        # a subclass may scale what it looks up (Gemma by √d): what it makes of ones tells
+        ones = g.new_ones(()).expand(module.weight.shape)
+        right = right * functional_call(module, {"weight": ones}, (x.reshape(-1)[:1],)).reshape(-1)
     if module.padding_idx is not None:
         right = right * (ids != module.padding_idx).unsqueeze(-1)
     return {("weight",): Lookup(("weight",), ids, right, module.num_embeddings)}
@@ -121,6 +129,26 @@ def rms_norm(module: nn.RMSNorm, x: Tensor, g: Tensor, slots: set[str], join: bo
     return _scale_and_shift(normal, g, slots, lambda t: _sum_positions(t, len(shape)))
 
 
+def elementwise(module: nn.Module, x: Tensor, g: Tensor, slots: set[str], join: bool) -> dict[tuple[str, ...], Block]:
+    """``y = n(x) ∘ (w + c) + b`` over the last dimension, whatever n: the many RMSNorms that are no torch class.
+
+    n is what the module's own forward makes of w = 1 less what it makes of w = 0 (c is 1 in Gemma's).
+    """
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if g.shape != x.shape or x.shape[-1:] != weight.shape:
+        return {}
+
+    def at(value: float) -> Tensor:
+        return functional_call(module, {"weight": torch.full_like(weight, value, dtype=x.dtype)}, (x,))
+
+    try:
+        normal = at(1.0) - at(0.0)
+    except (TypeError, ValueError, RuntimeError):
+        # a module that wants more than one tensor
+        return {}
+    return _scale_and_shift(normal, g, slots, _sum_positions) if normal.shape == g.shape else {}
+
+
 def group_norm(module: nn.GroupNorm, x: Tensor, g: Tensor, slots: set[str], join: bool) -> dict[tuple[str, ...], Block]:
     """GroupNorm, and InstanceNorm's affine part through the same channels."""
     normal = F.group_norm(x, module.num_groups, None, None, module.eps)
@@ -129,7 +157,8 @@ def group_norm(module: nn.GroupNorm, x: Tensor, g: Tensor, slots: set[str], join
 
 def batch_norm(module: Any, x: Tensor, g: Tensor, slots: set[str], join: bool) -> dict[tuple[str, ...], Block]:
     """BatchNorm in eval mode: a fixed affine map per channel."""
-    normal = F.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
+    mean, variance = module.running_mean.to(x), module.running_var.to(x)
+    normal = F.batch_norm(x, mean, variance, None, None, False, 0.0, module.eps)
     return _scale_and_shift(normal, g, slots, _over_channels)
 
 
@@ -145,6 +174,9 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.BatchNorm2d: batch_norm,
     nn.BatchNorm3d: batch_norm,
 }
+
+SPATIAL: tuple[Rule, ...] = (conv, group_norm, batch_norm)
+"""Rules of layers whose second dimension is the channel, not the position."""
 
 
 def groups_of(module: nn.Module, slots: set[str], join: bool) -> list[tuple[str, ...]]:
@@ -186,7 +218,20 @@ def rule_for(module: nn.Module) -> Rule | None:
             return RULES[kind]
     if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers"):
         return conv1d_of_transformers
-    return None
+    return elementwise if _scales(module) else None
+
+
+def _scales(module: nn.Module) -> bool:
+    """Whether a module holds a vector ``weight``, perhaps a ``bias`` like it, and nothing else."""
+    own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    shapes = {tuple(parameter.shape) for parameter in own.values()}
+    return (
+        "weight" in own
+        and set(own) <= {"weight", "bias"}
+        and len(shapes) == 1
+        and not module._modules
+        and (len(next(iter(shapes))) == 1)
+    )
 
 
 def register(kinds: Iterable[type[nn.Module]], rule: Rule) -> None:

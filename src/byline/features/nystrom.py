@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from byline.features.base import Features, Passes, Rows, State, check_dim, check_dtype, seeded
 from byline.features.blocks import Block
@@ -56,11 +57,10 @@ class Nystrom(Features):
 
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:
     """Concatenate along the batch; positions are padded with zeros to the longest."""
-    if parts[0].ndim == 4 or (parts[0].ndim == 3 and len({p.shape[1] for p in parts}) > 1):
-        axis = 2 if parts[0].ndim == 4 else 1
-        longest = max(p.shape[axis] for p in parts)
-        parts = [
-            torch.cat([p, p.new_zeros(*p.shape[:axis], longest - p.shape[axis], *p.shape[axis + 1 :])], axis)
-            for p in parts
-        ]
-    return torch.cat(parts)
+    form = tuple(map(max, zip(*(part.shape[1:] for part in parts), strict=True)))
+
+    def filled(part: torch.Tensor) -> torch.Tensor:
+        gaps = [full - own for full, own in zip(form, part.shape[1:], strict=True)]
+        return F.pad(part, [n for gap in reversed(gaps) for n in (0, gap)])
+
+    return torch.cat([filled(part) for part in parts])

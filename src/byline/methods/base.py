@@ -65,7 +65,8 @@ class Attributor(ABC):
         params: which parameters count, instead of the task's own choice (see `byline.Task`).
         store: a folder in which everything computed is kept and found again; None keeps it in memory.
         batch_size: examples per batch; scores do not depend on it beyond rounding.
-        collate: makes a batch of a list of items; torch's default.
+        collate: makes a batch of a list of items; the training set's own ``collate_fn`` where it has one (as
+            `byline.hf.dataset` does), torch's default otherwise.
         device: where to work; the device of the task's model by default. GPUs are untested.
         ledger: is told what fitting and serving cost.
         progress: show a progress bar where stderr is a terminal.
@@ -132,6 +133,7 @@ class Attributor(ABC):
         data = batches.as_dataset(train_set, "train_set")
         if isinstance(train_set, DataLoader) and self.collate is default_collate:
             self.collate = train_set.collate_fn or default_collate
+        self.collate = batches.collate_of(data, self.collate)
         self._check_model()
         self._check_size(len(data))
         with phase(self.ledger, "fitting"), self.store.session():

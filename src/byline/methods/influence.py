@@ -272,7 +272,8 @@ class Influence(Attributor):
             if isinstance(train, scan.Chunk):
                 votes = train.dots(held)
             else:
-                parts = batches.spans(b - a, step)
+                # the rows of one example may be several: those of its positions
+                parts = batches.spans(len(next(iter(train.values()))), step)
                 votes = torch.cat([read.products(vectors, {k: v[i:j] for k, v in train.items()}) for i, j in parts], 1)
             return votes if factor is None else votes * factor[a:b].to(votes)
 

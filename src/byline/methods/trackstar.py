@@ -77,8 +77,9 @@ class TrackStar(Ridge):
                 self.ledger.add_flops("serving", 2.0 * len(whole) * self.n_train_ * columns)
 
             def against(train: Any, a: int, b: int) -> Tensor:
-                # rounding alone leads beyond a cosine's range
-                return (scan.dots(vectors, train) * test * each[a:b]).clamp(-1, 1).float()
+                cosines = (scan.dots(vectors, train) * test * each[a:b]).float()
+                # rounding alone leads beyond a cosine's range, but for the parts of one example (`byline.tokens`)
+                return cosines.clamp_(-1, 1) if cosines.shape[1] == b - a else cosines
 
             return Query.of({"rows": whole}, against)
 
