@@ -11,17 +11,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import nn
 
+from byline.features import Factorized
+from byline.settings.base import BankRecipe, Setting
 from byline.settings.corpus import Corpus, Owner
 from byline.settings.transformer import Decoder
 from byline.training import Recipe
-
-if TYPE_CHECKING:
-    from byline.settings.base import Setting
 
 LENGTH = 256
 TRAIN, TEST = 5000, 178

@@ -269,16 +269,16 @@ def to_abc(tokens: Sequence[str], title: str = "", number: int = 1, per_line: in
     """A melody as ABC text, which players and engravers read.
 
     Args:
-        tokens: the melody, its metre, key and unit among them; 4/4, C and 1/8 where they are missing.
+        tokens: the melody, its metre, key and unit among them (the first of each counts); 4/4, C and 1/8 without.
         title: of the tune; a line break in it becomes a space.
         number: its reference number.
         per_line: bars in a line.
     """
-    head = {"M": "4/4", "L": "1/8", "K": "C"}
+    head: dict[str, str] = {}
     lines, line, bars = [], "", 0
     for token in tokens:
-        if token[:2] in ("M:", "L:", "K:"):
-            head[token[0]] = token[2:]
+        if is_heading(token):
+            head.setdefault(token[0], token[2:])
             continue
         line += f" {token} " if is_bar(token) or token[0] == "[" else f" {token}" if token[0] == "(" else token
         bars += is_bar(token)
@@ -286,9 +286,15 @@ def to_abc(tokens: Sequence[str], title: str = "", number: int = 1, per_line: in
             lines.append(line)
             line, bars = "", 0
     music = "\n".join(" ".join(line.split()) for line in (*lines, line) if line.strip())
+    head = {"M": "4/4", "L": "1/8", "K": "C", **head}
     return "\n".join(
         [f"X:{number}", f"T:{' '.join(title.split())}", *(f"{name}:{head[name]}" for name in "MLK"), music, ""]
     )
+
+
+def is_heading(token: str) -> bool:
+    """Whether a token is a metre, key or unit."""
+    return token[:2] in ("M:", "L:", "K:")
 
 
 def read_musicxml(path: Path, part: str = "soprano") -> Melody:

@@ -23,7 +23,7 @@ from byline.features import Factorized
 from byline.settings import midi
 from byline.settings.base import BankRecipe, Data, Setting
 from byline.settings.corpus import Corpus, Owner
-from byline.settings.notation import Melody, NotationError, is_pitch, read_abc, read_musicxml, to_abc
+from byline.settings.notation import Melody, NotationError, is_heading, is_pitch, read_abc, read_musicxml, to_abc
 from byline.settings.transformer import Decoder, sample
 from byline.training import Recipe
 
@@ -33,7 +33,6 @@ LENGTH = 96
 CHORALES = 0.1
 """The share of chorales among the melodies."""
 RARE = 10
-"""A melody with a token that fewer melodies have is left out."""
 PAD, START, END = range(3)
 SPECIAL = ("", "<start>", "<end>")
 
@@ -118,13 +117,14 @@ def family(melody: Melody) -> str:
     return ""
 
 
-def read(folder: Path, train: int = TRAIN, test: int = TEST) -> Tunes:
+def read(folder: Path, train: int = TRAIN, test: int = TEST, rare: int = RARE) -> Tunes:
     """Melodies drawn at random from all collections, no two alike in their first `LENGTH` tokens.
 
     Args:
         folder: of music21's corpus.
         train: number of training melodies.
         test: number of test melodies.
+        rare: a melody with a token that fewer melodies have is left out.
 
     Raises:
         ValueError: If there are fewer.
@@ -143,7 +143,7 @@ def read(folder: Path, train: int = TRAIN, test: int = TEST) -> Tunes:
     chosen = []
     for name, count in (("tunes", train + test - chorales), ("chorales", chorales)):
         distinct = {tuple(_cut(melody)): (melody, of) for melody, of in reversed(known[name])}
-        common = [found for tokens, found in distinct.items() if min(counts[token] for token in tokens) >= RARE]
+        common = [found for tokens, found in distinct.items() if min(counts[token] for token in tokens) >= rare]
         if len(common) < count:
             raise ValueError(f"{folder} has {len(common)} {name} that can be used; expected {count}")
         chosen += [common[i] for i in rng.permutation(len(common))[:count]]
@@ -257,15 +257,13 @@ def generate(
         ValueError: If a token of ``start`` is none of the words.
     """
     tunes = Tunes(Corpus((), (), (), (), len(words), ""), tuple(words))
-    # padding and a second start are tokens of the model that no tune has
-    ids = sample(
-        model,
-        tunes.encode(start),
-        stop=END,
-        temperature=temperature,
-        seed=seed,
-        forbid=lambda ids: [PAD, START],
-    )
+    headings = [place for place, word in enumerate(words) if is_heading(word)]
+
+    def forbid(ids: list[int]) -> list[int]:
+        # no tune has padding or a second start in it, nor metre, key and unit anywhere but at its head
+        return [PAD, START, *(headings if len(ids) > 3 else ())]
+
+    ids = sample(model, tunes.encode(start), stop=END, temperature=temperature, seed=seed, forbid=forbid)
     return ids, to_abc(tunes.decode(ids), title)
 
 
