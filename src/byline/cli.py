@@ -76,9 +76,9 @@ def bench(
     quick: Quick = False,
     as_json: AsJson = False,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Folder of IDX (MNIST's format) or CIFAR-10 binary files to use.")
+        Path | None, typer.Option("--data", help="Folder of IDX (MNIST's format), CIFAR-10 or MIDI files.")
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Width of a ResNet's first layer; 64 is the paper's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of a ResNet (64 is the paper's), or transformer.")] = None,
     methods: Annotated[
         str | None, typer.Option(help="Methods, by comma, or all but the dear ones: see `byline methods`.")
     ] = None,

@@ -118,7 +118,7 @@ class Setting:
             setting = setting.on_folder(setting, folder)
         if width is not None:
             if setting.at_width is None:
-                raise ValueError(f"the model of {self.name} has one width; --width is for settings with a ResNet or transformer")
+                raise ValueError(f"the model of {self.name} has one width; --width is for settings that have several")
             if width < 1:
                 raise ValueError(f"width is {width}; expected at least 1")
             setting = setting.at_width(setting, width)

@@ -329,6 +329,11 @@ def _xml(path: Path) -> bytes:
         return archive.read(name)
 
 
+def _is_melody(note: ElementTree.Element) -> bool:
+    """Whether a note is neither a chord's second, nor a grace note, nor of another voice."""
+    return note.find("chord") is None and note.find("grace") is None and (note.findtext("voice") or "1").strip() == "1"
+
+
 class _Writer:
     """Writes measures of MusicXML as tokens."""
 
@@ -343,9 +348,8 @@ class _Writer:
         for element in measure:
             if element.tag == "attributes":
                 self._attributes(element)
-            elif element.tag == "note" and element.find("chord") is None and element.find("grace") is None:
-                if (element.findtext("voice") or "1").strip() == "1":
-                    self._note(element, raised)
+            elif element.tag == "note" and _is_melody(element):
+                self._note(element, raised)
         style = measure.find("barline[@location='right']")
         repeat = style.find("repeat") if style is not None else None
         final = style is not None and style.findtext("bar-style") == "light-heavy"
