@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import re
 import shutil
 import sys
@@ -312,6 +311,9 @@ def test_the_comparison_runs_and_resumes(small: settings.Setting, tmp_path: Path
     assert any("music21" in note for note in result["notes"])
     assert any("Factorized" in note for note in result["notes"])
     assert "tunes-transformer" in report.build(result, tmp_path / "report.html").read_text()
+    first = result["owners"][0]
+    assert first["title"] == small.owners()[1][0]["title"]
+    assert first["proponents"][0]["title"] == small.owners()[0][first["proponents"][0]["index"]]["title"]
     again = bench.run(small, tmp_path, rows=ROWS, bank_recipe=BANK, command="byline bench", tell=said.append)
     assert again["rows"] == result["rows"]
     assert sum("found" in sentence for sentence in said) >= 2
@@ -378,7 +380,9 @@ def test_a_folder_of_midi_gives_the_papers_size(tmp_path: Path) -> None:
     assert model.tokens.embedding_dim == 512
     assert model.blocks[0].network[0].out_features == 1024
     assert (setting.recipe.optimizer, setting.recipe.lr, setting.recipe.epochs) == ("adam", 1e-4, 20)
-    short = setting.variant(width=32).shortened(setting)
+    narrow = setting.variant(width=16)
+    short = narrow.shortened(narrow)
+    assert short.build().tokens.embedding_dim == 16
     assert short.task().output(short.build().eval(), short.test_set[:2]).isfinite().all()
 
 
@@ -399,20 +403,12 @@ def test_what_is_no_folder_of_midi_is_refused(tmp_path: Path, monkeypatch: pytes
         _ = setting.variant(tmp_path).train_set
 
 
-def test_a_width_is_a_multiple_of_the_heads() -> None:
+def test_a_width_is_kept_by_the_short_form_and_a_multiple_of_the_heads(small: settings.Setting) -> None:
+    wide = settings.get("tunes-transformer").variant(width=24)
+    for setting in (wide, wide.shortened(wide)):
+        assert setting.build().tokens.embedding_dim == 24
     with pytest.raises(ValueError, match="width is 12; expected a multiple of 8"):
         settings.get("tunes-transformer").variant(width=12)
-
-
-def test_bits_per_note(few: tunes.Tunes, small: settings.Setting) -> None:
-    """A model that knows nothing spends log2 of the vocabulary on each token."""
-    model = small.build().eval()
-    torch.nn.init.zeros_(model.head.weight)
-    targets = small.test_set.tensors[1]
-    words = [few.words[i] for i in targets[targets >= 0].tolist()]
-    notes = sum(word.strip("^_=,'").lower() in set("abcdefg") for word in words)
-    expected = len(words) * math.log2(len(few.words)) / notes
-    assert tunes.bits_per_note(small, model, few.words) == pytest.approx(expected, rel=1e-5)
 
 
 def test_owners_are_plain_data(few: tunes.Tunes, small: settings.Setting) -> None:

@@ -218,11 +218,13 @@ def version() -> None:
 DATA = {
     "digits": "1797 digits of 8×8 pixels: inside scikit-learn, nothing to fetch",
     "fashion-mnist": "70 000 pictures of clothes, 28×28 pixels, 30 MB",
+    "tunes": "folk tunes and chorales: inside music21 (pip install 'byline[music]'), nothing to fetch",
+    "stdlib": "the functions of Python's standard library: inside this Python, nothing to fetch",
 }
 
 
 def _where(name: str) -> str:
-    if name == "digits":
+    if name != "fashion-mnist":
         return DATA[name]
     from byline.settings.data import fashion_mnist
 
@@ -235,6 +237,8 @@ def _where(name: str) -> str:
 def _fetch(name: str, to: Path | None) -> str:
     if name == "digits":
         return "digits are inside scikit-learn: there is nothing to fetch."
+    if name != "fashion-mnist":
+        return f"{name}: {DATA[name]}."
     from byline.settings.data import fashion_mnist
 
     found = fashion_mnist(to.expanduser() if to else None, fetch=True)

@@ -109,7 +109,8 @@ def run(
             "cost": bank.metadata.get("cost"),
         },
         "rows": [{key: value for key, value in row.items() if key != "strongest"} for row in add_savings(measured)],
-        "examples": _examples(setting, best, chosen, predicted) if best else [],
+        "examples": _examples(setting, best, chosen, predicted) if best and setting.image_shape else [],
+        "owners": _owners(setting, best, chosen) if best else [],
         "notes": _notes(setting, recipe, quick),
         "environment": environment(),
         "command": command,
@@ -181,8 +182,11 @@ def _strongest(scores: Scores, query: int) -> dict[str, list[dict[str, Any]]]:
 def _queries(setting: Setting, models: Sequence[Trained]) -> tuple[list[int], dict[int, int]]:
     """Test examples for the report, by rule: the first the model gets wrong, then the first of other labels.
 
-    Returns their places and what the first model predicts for them. Only for labelled pictures.
+    Returns their places and what the first model predicts for them. Where examples have owners instead of pictures: the
+    first.
     """
+    if setting.owners is not None:
+        return list(range(min(EXAMPLES, len(setting.test_set)))), {}
     if setting.image_shape is None or not models:
         return [], {}
     model = setting.build().eval()
@@ -226,6 +230,25 @@ def _examples(
             "ensemble": best["name"],
             **{
                 side: [{**item, **shown(setting.train_set, item["index"])} for item in found]
+                for side, found in best["strongest"][str(query)].items()
+            },
+        }
+        for query in chosen
+    ]
+
+
+def _owners(setting: Setting, best: dict[str, Any], chosen: Sequence[int]) -> list[dict[str, Any]]:
+    """Whose the chosen queries are, and whose the examples that the best row names for them."""
+    if setting.owners is None:
+        return []
+    train, test = setting.owners()
+    return [
+        {
+            **test[query],
+            "index": query,
+            "ensemble": best["name"],
+            **{
+                side: [{**item, **train[item["index"]]} for item in found]
                 for side, found in best["strongest"][str(query)].items()
             },
         }

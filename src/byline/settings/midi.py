@@ -150,11 +150,11 @@ def setting(base: Setting, folder: Path) -> Setting:
     )
 
 
-def shortened(base: Setting, folder: Path) -> Setting:
+def shortened(base: Setting, folder: Path, width: int = 32) -> Setting:
     """The same files, few of their windows, and a narrow model."""
     few = {"train": 200, "test": 20, "length": 64}
 
-    def build(width: int = 32) -> nn.Module:
+    def build() -> nn.Module:
         return Decoder(read(folder, **few).vocabulary, few["length"], width, 2, 4, 2 * width, 0.1, True)
 
     return replace(

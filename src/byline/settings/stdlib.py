@@ -25,7 +25,7 @@ from byline.settings.corpus import Corpus, Owner
 from byline.settings.transformer import Decoder, sample
 from byline.training import Recipe
 
-TRAIN, TEST = 1500, 150
+TRAIN, TEST = 1000, 100
 LENGTH, VOCABULARY = 96, 512
 LINES = range(3, 41)
 """Lines that a function may have, its docstring left out."""
@@ -206,13 +206,13 @@ def source(train: int = TRAIN, test: int = TEST) -> str:
     return code(train, test).corpus.source
 
 
-def shortened(setting: Setting) -> Setting:
-    """A fifth of the functions and few epochs."""
-    sizes = {"train": 300, "test": 40}
+def shortened(setting: Setting, width: int = 32) -> Setting:
+    """A fifth of the functions, few epochs, a narrow model."""
+    sizes = {"train": 200, "test": 40}
     return replace(
         setting,
         load=partial(load, **sizes),
-        build=partial(build, width=32),
+        build=partial(build, width=width),
         owners=partial(owners, **sizes),
         source=partial(source, **sizes),
         recipe=replace(setting.recipe, epochs=4),
@@ -229,7 +229,7 @@ def at_width(setting: Setting, width: int) -> Setting:
     """
     if width % 4:
         raise ValueError(f"width is {width}; expected a multiple of 4, the heads of this transformer")
-    return replace(setting, build=partial(build, width=width))
+    return replace(setting, build=partial(build, width=width), shortened=partial(shortened, width=width))
 
 
 def generate(model: Decoder, tokenizer: Any, start: str = "def ", *, seed: int = 0, temperature: float = 0.8) -> str:
@@ -258,7 +258,7 @@ stdlib_gpt = Setting(
     description=f"A small GPT on {TRAIN} functions of Python's standard library, {TEST} to explain.",
     load=load,
     build=build,
-    recipe=Recipe(optimizer="adamw", lr=3e-3, batch_size=32, epochs=10, schedule="linear", weight_decay=0.01),
+    recipe=Recipe(optimizer="adamw", lr=4e-3, batch_size=16, epochs=10, schedule="linear", weight_decay=0.01),
     bank_recipe=BankRecipe(subsets=30, fraction=0.5, seeds=2),
     output="language-modeling",
     features=partial(Factorized, 2048, "pca"),

@@ -16,18 +16,17 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
 from byline.features import Factorized
 from byline.settings import midi
 from byline.settings.base import BankRecipe, Data, Setting
 from byline.settings.corpus import Corpus, Owner
-from byline.settings.notation import Melody, NotationError, is_heading, is_pitch, read_abc, read_musicxml, to_abc
+from byline.settings.notation import Melody, NotationError, is_heading, read_abc, read_musicxml, to_abc
 from byline.settings.transformer import Decoder, sample
 from byline.training import Recipe
 
-TRAIN, TEST = 1500, 150
+TRAIN, TEST = 1000, 100
 LENGTH = 96
 """Tokens of a tune that are read: a first strain of eight bars and the turn into the second."""
 CHORALES = 0.1
@@ -188,13 +187,13 @@ def build(train: int = TRAIN, test: int = TEST, width: int = 64) -> nn.Module:
     return Decoder(words, LENGTH, width=width, layers=2, heads=4, hidden=2 * width, dropout=0.1, relative=True)
 
 
-def shortened(setting: Setting) -> Setting:
-    """A fifth of the tunes and few epochs."""
-    sizes = {"train": 300, "test": 40}
+def shortened(setting: Setting, width: int = 32) -> Setting:
+    """A fifth of the tunes, few epochs, a narrow model."""
+    sizes = {"train": 200, "test": 40}
     return replace(
         setting,
         load=partial(load, **sizes),
-        build=partial(build, **sizes, width=32),
+        build=partial(build, **sizes, width=width),
         owners=partial(owners, **sizes),
         source=partial(source, **sizes),
         recipe=replace(setting.recipe, epochs=4),
@@ -225,10 +224,11 @@ def at_width(setting: Setting, width: int) -> Setting:
     Raises:
         ValueError: If it is none.
     """
-    made: Callable[..., nn.Module] = setting.build
     if width % 8:
         raise ValueError(f"width is {width}; expected a multiple of 8, the heads of a transformer")
-    return replace(setting, build=partial(made, width=width))
+    made: Callable[..., nn.Module] = setting.build
+    short: Callable[..., Setting] = setting.shortened or shortened
+    return replace(setting, build=partial(made, width=width), shortened=partial(short, width=width))
 
 
 def generate(
@@ -240,7 +240,7 @@ def generate(
     temperature: float = 0.8,
     title: str = "",
 ) -> tuple[list[int], str]:
-    """A tune that a trained model makes up.
+    """A tune that a trained model makes up; ``packed([ids], LENGTH)`` makes a test set of it, to be attributed.
 
     Args:
         model: trained on tunes, in eval mode.
@@ -267,28 +267,12 @@ def generate(
     return ids, to_abc(tunes.decode(ids), title)
 
 
-def bits_per_note(setting: Setting, model: nn.Module, words: Sequence[str]) -> float:
-    """Negative log-likelihood of the test melodies, in bits per sounding note: comparable between ways to write them.
-
-    Args:
-        setting: whose test set is read.
-        model: trained, in eval mode.
-        words: what its tokens stand for.
-    """
-    task = setting.task(model)
-    inputs, targets = setting.test_set.tensors
-    with torch.no_grad():
-        loss = task.loss(model, (inputs, targets)).double()
-    notes = sum(is_pitch(words[i]) for i in targets[targets >= 0].tolist())
-    return float((loss * (targets >= 0).sum(1)).sum() / notes / np.log(2))
-
-
 tunes_transformer = Setting(
     name="tunes-transformer",
     description=f"A small Music Transformer on {TRAIN} folk tunes and chorales, {TEST} to explain (needs music21).",
     load=load,
     build=build,
-    recipe=Recipe(optimizer="adamw", lr=3e-3, batch_size=32, epochs=10, schedule="linear", weight_decay=0.01),
+    recipe=Recipe(optimizer="adamw", lr=4e-3, batch_size=16, epochs=10, schedule="linear", weight_decay=0.01),
     bank_recipe=BankRecipe(subsets=30, fraction=0.5, seeds=2),
     output="language-modeling",
     features=partial(Factorized, 2048, "pca"),
