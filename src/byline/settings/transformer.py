@@ -37,12 +37,13 @@ class Attention(nn.Module):
         """(B, T, width) to the same shape."""
         b, t, width = x.shape
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q = q * q.shape[-1] ** -0.5  # here, and not on the T·T scores
         scores = q @ k.transpose(-2, -1)
         if self.distance is not None:
             scores = scores + by_distance(self.distance(q))
-        future = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
-        weights = (scores * q.shape[-1] ** -0.5).masked_fill(future, float("-inf")).softmax(-1)
-        return self.out((self.drop(weights) @ v).transpose(1, 2).reshape(b, t, width))
+        future = torch.full((t, t), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
+        weights = self.drop((scores + future).softmax(-1))
+        return self.out((weights @ v).transpose(1, 2).reshape(b, t, width))
 
 
 def by_distance(scores: Tensor) -> Tensor:
