@@ -7,7 +7,7 @@ Transformer reads them) by miditok, and are cut into windows. Test windows come 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -71,7 +71,7 @@ def events(path: Path, tokenizer: Any) -> list[int]:
     import symusic
 
     try:
-        score = symusic.Score(str(path))
+        score: Any = symusic.Score(str(path))
     except Exception as error:  # symusic raises bare C++ exceptions
         raise ValueError(f"{path} cannot be read as MIDI ({str(error).strip()})") from None
     tracks = [track for track in score.tracks if not track.is_drum]
@@ -117,14 +117,20 @@ def read(folder: Path, train: int = TRAIN, test: int = TEST, length: int = LENGT
     """
     found, tokenizer, rng = files_of(folder), _tokenizer(), np.random.default_rng(0)
     held_out = set(found[:: max(2, min(HELD_OUT, len(found)))])
-    parts = []
-    for most, files in ((train, [f for f in found if f not in held_out]), (test, sorted(held_out))):
+
+    def drawn(files: Iterable[Path], most: int) -> tuple[list[list[int]], list[Owner]]:
         every = [window for path in files for window in windows(path, folder, tokenizer, length)]
-        parts.append([every[i] for i in rng.permutation(len(every))[:most]])
+        kept = [every[i] for i in rng.permutation(len(every))[:most]]
+        return [ids for ids, _ in kept], [owner for _, owner in kept]
+
+    train_ids, train_owners = drawn((path for path in found if path not in held_out), train)
+    test_ids, test_owners = drawn(sorted(held_out), test)
     version = importlib.metadata.version("miditok")
     return Corpus(
-        *([ids for ids, _ in part] for part in parts),
-        *([owner for _, owner in part] for part in parts),
+        train_ids,
+        test_ids,
+        train_owners,
+        test_owners,
         vocabulary=len(tokenizer),
         source=f"The windows are those of {len(found)} MIDI files in {folder}, events of miditok {version}.",
     )

@@ -258,7 +258,7 @@ stdlib_gpt = Setting(
     description=f"A small GPT on {TRAIN} functions of Python's standard library, {TEST} to explain.",
     load=load,
     build=build,
-    recipe=Recipe(optimizer="adamw", lr=4e-3, batch_size=16, epochs=10, schedule="linear", weight_decay=0.01),
+    recipe=Recipe(optimizer="adamw", lr=3e-3, batch_size=8, epochs=12, schedule="linear", weight_decay=0.01),
     bank_recipe=BankRecipe(subsets=30, fraction=0.5, seeds=2),
     output="language-modeling",
     features=partial(Factorized, 2048, "pca"),
