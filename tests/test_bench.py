@@ -15,7 +15,7 @@ from byline import report, settings
 from byline.ledger import Cost
 from byline.settings.base import BankRecipe, Setting
 from byline.settings.bench import run
-from byline.settings.rows import QUICK, ROWS, Row, rows_of
+from byline.settings.rows import QUICK, Row, rows_of
 from byline.settings.workshop import Trained, _load, _save, save_json
 from byline.training import Trainer
 
@@ -124,7 +124,7 @@ def test_another_configuration_takes_nothing_of_this_one(
 def test_rows_are_data() -> None:
     assert rows_of("a setting that is not listed") == rows_of("fashion-mlp")
     assert rows_of("digits-mlp", quick=True) == QUICK
-    names = [row.name for row in ROWS["fashion-mlp"]]
+    names = [row.name for row in rows_of("fashion-mlp")]
     assert len(set(names)) == len(names)
     assert "10 checkpoints of one short run" in names
     with pytest.raises(ValueError, match="expected one of independent"):

@@ -76,9 +76,9 @@ def bench(
     quick: Quick = False,
     as_json: AsJson = False,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Folder of IDX (MNIST's format) or CIFAR-10 binary files to use.")
+        Path | None, typer.Option("--data", help="Folder of IDX (MNIST's format), CIFAR-10 or MIDI files.")
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Width of a ResNet's first layer; 64 is the paper's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of a ResNet (64 is the paper's), or transformer.")] = None,
     methods: Annotated[
         str | None, typer.Option(help="Methods, by comma, or all but the dear ones: see `byline methods`.")
     ] = None,
@@ -304,11 +304,13 @@ def version() -> None:
 DATA = {
     "digits": "1797 digits of 8×8 pixels: inside scikit-learn, nothing to fetch",
     "fashion-mnist": "70 000 pictures of clothes, 28×28 pixels, 30 MB",
+    "tunes": "folk tunes and chorales: inside music21 (pip install 'byline[music]'), nothing to fetch",
+    "stdlib": "the functions of Python's standard library: inside this Python, nothing to fetch",
 }
 
 
 def _where(name: str) -> str:
-    if name == "digits":
+    if name != "fashion-mnist":
         return DATA[name]
     from byline.settings.data import fashion_mnist
 
@@ -321,6 +323,8 @@ def _where(name: str) -> str:
 def _fetch(name: str, to: Path | None) -> str:
     if name == "digits":
         return "digits are inside scikit-learn: there is nothing to fetch."
+    if name != "fashion-mnist":
+        return f"{name}: {DATA[name]}."
     from byline.settings.data import fashion_mnist
 
     found = fashion_mnist(to.expanduser() if to else None, fetch=True)

@@ -4,8 +4,12 @@ from byline.settings.base import BankRecipe, Setting
 from byline.settings.digits import digits_mlp
 from byline.settings.fashion import fashion_mlp
 from byline.settings.resnet import fashion2_resnet9
+from byline.settings.stdlib import stdlib_gpt
+from byline.settings.tunes import tunes_transformer
 
-_SETTINGS = {setting.name: setting for setting in (digits_mlp, fashion_mlp, fashion2_resnet9)}
+_SETTINGS = {
+    setting.name: setting for setting in (digits_mlp, fashion_mlp, fashion2_resnet9, tunes_transformer, stdlib_gpt)
+}
 
 __all__ = ["BankRecipe", "Setting", "get", "names"]
 

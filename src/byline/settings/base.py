@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
+from byline.features import Exact, Features
 from byline.task import Task
 from byline.training import Recipe, Trainer
 
@@ -52,6 +53,13 @@ class Setting:
         class_names: Names of the labels, in their order.
         on_folder: ``on_folder(setting, folder)`` gives the setting on the data files of a folder, where it reads files.
         at_width: ``at_width(setting, width)`` gives it with a wider or narrower model, where the model has a width.
+        features: Makes the features of its comparison; exact ones where the gradients are small enough to be kept.
+        batch_size: Examples that are differentiated at a time.
+        group: Models that are trained side by side; of larger models one at a time is as quick.
+        owners: Gives what is known of each training and of each test example (collection and title, module and
+            function), plain data in their order.
+        source: Says in a sentence where the data were found, and in which version.
+        shortened: ``shortened(setting)`` gives it with less data and a smaller model, for the short form.
     """
 
     name: str
@@ -66,6 +74,14 @@ class Setting:
     class_names: tuple[str, ...] = field(default=(), repr=False)
     on_folder: Callable[[Setting, Path], Setting] | None = field(default=None, repr=False)
     at_width: Callable[[Setting, int], Setting] | None = field(default=None, repr=False)
+    features: Callable[[], Features] = field(default=Exact, repr=False)
+    batch_size: int = 256
+    group: int = 25
+    owners: Callable[[], tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]] | None = field(
+        default=None, repr=False
+    )
+    source: Callable[[], str] | None = field(default=None, repr=False)
+    shortened: Callable[[Setting], Setting] | None = field(default=None, repr=False)
 
     @cached_property
     def _data(self) -> Data:
@@ -87,7 +103,7 @@ class Setting:
 
     def trainer(self, **options: Any) -> Trainer:
         """Trains this setting's models; `options` are the other fields of `Trainer`."""
-        return Trainer(self.build, self.recipe, self.task().loss, **options)
+        return Trainer(self.build, self.recipe, self.task().loss, **{"group": self.group, **options})
 
     def variant(self, folder: Path | None = None, width: int | None = None) -> Setting:
         """The setting on other data files, at another width, or itself.
@@ -98,11 +114,11 @@ class Setting:
         setting = self
         if folder is not None:
             if setting.on_folder is None:
-                raise ValueError(f"{self.name} brings its own data; --data is for settings that read picture files")
+                raise ValueError(f"{self.name} brings its own data; --data is for settings that read files")
             setting = setting.on_folder(setting, folder)
         if width is not None:
             if setting.at_width is None:
-                raise ValueError(f"the model of {self.name} has one width; --width is for settings with a ResNet")
+                raise ValueError(f"the model of {self.name} has one width; --width is for settings that have several")
             if width < 1:
                 raise ValueError(f"width is {width}; expected at least 1")
             setting = setting.at_width(setting, width)

@@ -69,7 +69,7 @@ def run(
         The result, plain data: what `byline.report.build` takes.
     """
     rows = rows_of(setting.name, quick) if rows is None else rows
-    recipe = bank_recipe or (QUICK_BANK if quick else setting.bank_recipe)
+    setting, recipe = form(setting, quick, bank_recipe)
     shop = Workshop(setting, folder, tell, progress, engine)
     needed = models_needed(rows)
     models = shop.models(needed) if needed else []
@@ -87,6 +87,7 @@ def run(
                 models=needed,
                 bank=asdict(recipe),
                 queries=chosen,
+                **made_with(setting),
             )
         )
     best = max(measured, key=lambda done: done["lds"], default=None)
@@ -108,13 +109,27 @@ def run(
             "cost": bank.metadata.get("cost"),
         },
         "rows": [{key: value for key, value in row.items() if key != "strongest"} for row in add_savings(measured)],
-        "examples": _examples(setting, best, chosen, predicted) if best else [],
+        "examples": _examples(setting, best, chosen, predicted) if best and setting.image_shape else [],
+        "owners": _owners(setting, best, chosen) if best else [],
         "notes": _notes(setting, recipe, quick),
         "environment": environment(),
         "command": command,
     }
     save_json(Path(folder) / "results.json", result)
     return result
+
+
+def form(setting: Setting, quick: bool, bank: BankRecipe | None) -> tuple[Setting, BankRecipe]:
+    """The setting and the bank of a comparison: as given, or the short form of both."""
+    if quick and setting.shortened is not None:
+        setting = setting.shortened(setting)
+        return setting, bank or setting.bank_recipe
+    return setting, bank or (QUICK_BANK if quick else setting.bank_recipe)
+
+
+def made_with(setting: Setting) -> dict[str, Any]:
+    """What decides the scores of a setting beyond its data and models, where it is not what most settings have."""
+    return {} if setting.features is Exact else {"features": setting.features().describe()}
 
 
 def _measure(
@@ -125,8 +140,8 @@ def _measure(
     ensemble, training, weights = ensemble_of(shop, row, models)
     ledger, queries = Ledger(), len(setting.test_set)
     with shop.desk() as options:
-        options |= {"ledger": ledger, "progress": progress}
-        attributor = TRAK(setting.task(), ensemble, features=Exact(), damping="auto", **options)
+        options |= {"ledger": ledger, "progress": progress, "batch_size": setting.batch_size}
+        attributor = TRAK(setting.task(), ensemble, features=setting.features(), damping="auto", **options)
         attributor.fit(setting.train_set)
         scores = attributor.attribute(setting.test_set)
         features = attributor.store.nbytes()
@@ -167,8 +182,11 @@ def _strongest(scores: Scores, query: int) -> dict[str, list[dict[str, Any]]]:
 def _queries(setting: Setting, models: Sequence[Trained]) -> tuple[list[int], dict[int, int]]:
     """Test examples for the report, by rule: the first the model gets wrong, then the first of other labels.
 
-    Returns their places and what the first model predicts for them. Only for labelled pictures.
+    Returns their places and what the first model predicts for them. Where examples have owners instead of pictures: the
+    first.
     """
+    if setting.owners is not None:
+        return list(range(min(EXAMPLES, len(setting.test_set)))), {}
     if setting.image_shape is None or not models:
         return [], {}
     model = setting.build().eval()
@@ -219,15 +237,36 @@ def _examples(
     ]
 
 
+def _owners(setting: Setting, best: dict[str, Any], chosen: Sequence[int]) -> list[dict[str, Any]]:
+    """Whose the chosen queries are, and whose the examples that the best row names for them."""
+    if setting.owners is None:
+        return []
+    train, test = setting.owners()
+    return [
+        {
+            **test[query],
+            "index": query,
+            "ensemble": best["name"],
+            **{
+                side: [{**item, **train[item["index"]]} for item in found]
+                for side, found in best["strongest"][str(query)].items()
+            },
+        }
+        for query in chosen
+    ]
+
+
 def _notes(setting: Setting, bank: BankRecipe, quick: bool) -> list[str]:
     recipe = setting.recipe
+    features = "exact features (no projection)" if setting.features is Exact else repr(setting.features())
     said = [
+        *sources(setting),
         f"Training: {recipe.optimizer}, learning rate {recipe.lr:g}, momentum {recipe.momentum:g}, weight decay "
         f"{recipe.weight_decay:g}, batch {recipe.batch_size}, {recipe.epochs} epochs; a short run has as many "
         "epochs as checkpoints.",
         f"Ground truth: {bank.subsets} random subsets of {bank.fraction * 100:g} % of the training set, "
         f"{bank.seeds} models on each. What it cost is part of no row.",
-        "Method: TRAK with exact features (no projection), the damping chosen automatically and without the "
+        f"Method: TRAK with {features}, the damping chosen automatically and without the "
         "ground truth. All rows share models, bank and test examples.",
         "Seconds are those of this machine while it ran. Models trained side by side share their time, so a model's "
         "seconds depend on how many were; its FLOPs do not.",
@@ -237,12 +276,20 @@ def _notes(setting: Setting, bank: BankRecipe, quick: bool) -> list[str]:
         "Space: the weights of trained models, adapters and checkpoints, and the features kept for serving.",
         "Mask rates and noise scales are the library's defaults; they were chosen on fashion-mlp with its "
         "ground truth at hand, so that setting flatters them a little.",
-        "Test examples shown: the first that the first model gets wrong, then the first of each other label, "
-        f"{EXAMPLES} in all, explained by the row of highest LDS.",
     ]
+    if setting.image_shape is not None:
+        said.append(
+            "Test examples shown: the first that the first model gets wrong, then the first of each other label, "
+            f"{EXAMPLES} in all, explained by the row of highest LDS."
+        )
     if quick:
         said.insert(0, "Short form (--quick): few rows and a small bank. It shows that all works; do not quote it.")
     return said
+
+
+def sources(setting: Setting) -> list[str]:
+    """Where the data were found, for settings whose data depend on the machine."""
+    return [] if setting.source is None else [setting.source()]
 
 
 def environment() -> dict[str, str]:

@@ -20,10 +20,11 @@ from byline.engines.base import Engine
 from byline.evaluate.bank import Bank, read, write
 from byline.evaluate.lds import noise_ceiling
 from byline.ledger import Ledger
+from byline.methods import Influence
 from byline.methods.registry import MethodInfo, make, methods
 from byline.scores import Scores
 from byline.settings.base import BankRecipe, Setting
-from byline.settings.bench import LEVEL, QUICK_BANK, environment, finite, plain
+from byline.settings.bench import LEVEL, environment, finite, form, made_with, plain, sources
 from byline.settings.judges import JUDGES, Judge, relabelled
 from byline.settings.members import ensemble_of, models_needed
 from byline.settings.rows import GRID, Row, parse
@@ -56,12 +57,22 @@ class Cell:
             row=self.row.to_dict(),
             models=len(self.models),
             queries=self.queries,
+            **(made_with(self.shop.setting) if self.chooses_features else {}),
         )
+
+    @property
+    def chooses_features(self) -> bool:
+        """Whether the method reads gradients in whatever form the setting keeps them."""
+        given = "gradients" not in self.info.needs or "features" in self.info.options
+        return not given and not issubclass(self.info.cls, Influence)
 
     def _attributor(self, ledger: Ledger, where: dict[str, Any]) -> tuple[Any, Any, int]:
         ensemble, training, weights = ensemble_of(self.shop, self.row, self.models, self.info.name in STEPPED)
-        task = self.shop.setting.task()
-        options = {"ledger": ledger, "progress": self.progress, **where}
+        setting = self.shop.setting
+        task = setting.task()
+        options = {"ledger": ledger, "progress": self.progress, "batch_size": setting.batch_size, **where}
+        if self.chooses_features:
+            options["features"] = setting.features()
         return make(self.info.name, task, ensemble, **options), training, weights
 
     def scores(self) -> tuple[Scores, dict[str, Any]]:
@@ -146,12 +157,12 @@ def run(
     """
     infos = _chosen(method_names)
     rows = [parse(text) for text in ensembles or GRID]
-    judges = _judges(measures)
+    setting, recipe = form(setting, quick, bank_recipe)
+    judges = _judges(measures, setting)
     total = len(setting.test_set)
     count = min(QUICK_QUERIES, total) if queries is None and quick else total if queries is None else queries
     if not 1 <= count <= total:
         raise ValueError(f"queries is {queries}; expected 1 to the {total} test examples")
-    recipe = bank_recipe or (QUICK_BANK if quick else setting.bank_recipe)
     shop = Workshop(setting, folder, tell, progress, engine)
     other = Workshop(relabelled(setting), folder, tell, progress, engine) if "mislabel" in judges else None
     models = shop.models(models_needed(rows)) if models_needed(rows) else []
@@ -225,11 +236,18 @@ def _chosen(names: Sequence[str] | None) -> list[MethodInfo]:
     return [known[name] for name in names]
 
 
-def _judges(names: Sequence[str] | None) -> dict[str, Judge]:
+def _judges(names: Sequence[str] | None, setting: Setting) -> dict[str, Judge]:
     unknown = [name for name in names or () if name not in JUDGES]
     if unknown:
         raise ValueError(f"measures: no measure {', '.join(unknown)}; there are {', '.join(JUDGES)}")
-    chosen = names if names is not None else [name for name, judge in JUDGES.items() if not judge.retrains]
+    can = [name for name, judge in JUDGES.items() if setting.output == "classification" or not judge.labels]
+    odd = [name for name in names or () if name not in can]
+    if odd:
+        raise ValueError(
+            f"measures: {', '.join(odd)} needs one label per example, and {setting.name} has none; it can be judged by "
+            f"{', '.join(can)}"
+        )
+    chosen = names if names is not None else [name for name in can if not JUDGES[name].retrains]
     return {name: JUDGES[name]() for name in chosen}
 
 
@@ -240,6 +258,7 @@ def _restricted(bank: Bank, queries: int) -> Bank:
 def _notes(setting: Setting, bank: BankRecipe, quick: bool, all_methods: bool) -> list[str]:
     recipe = setting.recipe
     said = [
+        *sources(setting),
         f"Training: {recipe.optimizer}, learning rate {recipe.lr:g}, momentum {recipe.momentum:g}, batch "
         f"{recipe.batch_size}, {recipe.epochs} epochs; a short run has as many epochs as checkpoints.",
         f"Ground truth of the LDS: {bank.subsets} random subsets of {bank.fraction * 100:g} % of the training set, "

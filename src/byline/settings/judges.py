@@ -40,6 +40,8 @@ class Judge(ABC):
     """What is measured, in a sentence."""
     retrains: ClassVar[bool] = False
     """Whether each cell needs models of its own, so that it is not measured unless asked for."""
+    labels: ClassVar[bool] = False
+    """Whether it needs a label per example."""
     chance: ClassVar[float] = 0.0
     """What says nothing scores: where the heat map starts."""
 
@@ -89,7 +91,7 @@ class LDSJudge(Judge):
 class MislabelJudge(Judge):
     """Flipped labels found by self-influence."""
 
-    name, title, chance = "mislabel", "Mislabels, ROC-AUC", 0.5
+    name, title, chance, labels = "mislabel", "Mislabels, ROC-AUC", 0.5, True
     says = (
         f"ROC-AUC of finding the {FLIPPED * 100:g} % of training labels that were flipped, by self-influence under "
         "models trained on the flipped labels."
@@ -133,7 +135,7 @@ class MislabelJudge(Judge):
 class ClassJudge(Judge):
     """The identical-class test."""
 
-    name, title = "class", "Same class"
+    name, title, labels = "class", "Same class", True
     says = f"Share of the {TOP} strongest proponents that have the test example's label."
 
     def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any]:
@@ -229,7 +231,7 @@ class RemovalJudge(Judge):
 class BrittlenessJudge(Judge):
     """Predictions turned by removing few examples."""
 
-    name, title = "brittleness", "Brittleness"
+    name, title, labels = "brittleness", "Brittleness", True
     share = 0.02
     says = (
         f"Share of test examples that were right whose prediction turns when the {share * 100:g} % of the training set "

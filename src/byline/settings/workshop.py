@@ -112,22 +112,29 @@ class Workshop:
         return [rates[epoch] / recipe.batch_size for epoch in kept]
 
     def _train(self, count: int, epochs: int, kept: tuple[int, ...] | None) -> list[Trained]:
+        # Small seeds; the bank derives large ones, so no model that votes is part of the ground truth.
+        if self.setting.group > 1:
+            what = f"{count} model{'s' if count > 1 else ''} of {epochs} epochs"
+            return self._trained(list(range(count)), epochs, kept, what, count=count)
+        # models that are trained one at a time are kept one at a time: an interruption costs one of them at most
+        return [
+            one
+            for seed in range(count)
+            for one in self._trained([seed], epochs, kept, f"model {seed + 1} of {count}, {epochs} epochs", seed=seed)
+        ]
+
+    def _trained(
+        self, seeds: list[int], epochs: int, kept: tuple[int, ...] | None, what: str, **which: int
+    ) -> list[Trained]:
         recipe = replace(self.setting.recipe, epochs=epochs)
-        key = self.key(part="models", count=count, recipe=recipe.to_dict(), kept=kept)
+        key = self.key(part="models", recipe=recipe.to_dict(), kept=kept, **which)
         path = self.folder / "models" / f"{key}.safetensors"
-        what = f"{count} model{'s' if count > 1 else ''} of {epochs} epochs"
         if path.exists():
             self.tell(f"{what}: found")
             return _load(path)
         trainer = replace(self.setting.trainer(), recipe=recipe)
-        # Small seeds; the bank derives large ones, so no model that votes is part of the ground truth.
         done = trainer.many(
-            self.setting.train_set,
-            None,
-            list(range(count)),
-            checkpoints=kept,
-            progress=self.progress,
-            engine=self.engine,
+            self.setting.train_set, None, seeds, checkpoints=kept, progress=self.progress, engine=self.engine
         )
         trained = [
             Trained(tuple(run.checkpoints[epoch] for epoch in kept) if kept else (run.state_dict,), run.cost)

@@ -103,8 +103,8 @@ def train_many(
         seeds: One per member, at least 0.
         checkpoints: Epochs whose weights to keep, from 0 (untrained) to ``recipe.epochs``.
         group: How many models to train at once.
-        batched: Stack models (True), never (False), or wherever a trial shows it gives what the model alone
-            gives.
+        batched: Stack models (True), never (False), or wherever ``group`` is above 1 and a trial shows that it gives
+            what the model alone gives.
         collate: Makes a batch of a list of items; torch's default when left out.
         device: Where to train; what comes back is on the CPU.
         progress: A transient bar, or a function that is told each advance in models.
@@ -130,7 +130,7 @@ def train_many(
     obstacle = _obstacle(build, task_loss, data, device)
     if batched and obstacle:
         raise ValueError(f"batched=True, but this model cannot be trained stacked: {obstacle}")
-    stacked = not obstacle if batched is None else batched
+    stacked = (not obstacle and group > 1) if batched is None else batched
 
     flops = {size: _flops(build, task_loss, recipe, data, size, device) for size in {len(m[1]) for m in members}}
     groups = list(_chunks(members, group if stacked else 1))
