@@ -165,7 +165,8 @@ def dattri_cases(last: list[str], few: int, some: int) -> list[Case]:
             {"byline, another start": ours("arnoldi", "hessian", seed=1, solver_options={"top": 20, "iterations": 39})},
             {"n_test": few},
         ),
-        Case("DataInf", ours("datainf", "fisher"), [dattri("DataInf")], shared={"n_test": few}),
+        # dattri holds a gradient per training example, several times
+        Case("DataInf", ours("datainf", "fisher"), [dattri("DataInf")], shared={"n_test": few, "n_train": 500}),
         Case(
             "EK-FAC of the loss",
             ours("ekfac", "fisher", **ekfac),

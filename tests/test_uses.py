@@ -93,6 +93,16 @@ def test_the_loss_out_of_sample_is_of_models_that_did_not_see_the_example(blobs)
     assert "the loss given" in with_it.source
 
 
+def test_either_ranking_alone_may_be_asked_for(blobs):
+    attributor, _, given, _, _ = blobs
+    values, loss = attributor.self_influence(), np.random.default_rng(0).random(180)
+    for by, want in (("score", values), ("loss", loss)):
+        found = find_mislabels(attributor, given, loss=loss, by=by, rows=180, evidence=1)
+        np.testing.assert_array_equal(found.index, np.argsort(-want, kind="stable"))
+        np.testing.assert_array_equal(found.loss, loss[found.index])
+    assert find_mislabels(attributor, given, loss=loss, by="loss", rows=1).source == "the loss given"
+
+
 def test_the_table_has_a_row_each(blobs):
     attributor, _, given, _, _ = blobs
     found = find_mislabels(attributor, given, rows=7, evidence=4, names=["a", "b", "<b>c"])
@@ -122,6 +132,8 @@ def test_labels_may_be_words(blobs):
         ({"rows": 0}, "rows is 0"),
         ({"evidence": True}, "evidence is True"),
         ({"loss": np.zeros(4)}, r"loss has shape \(4,\); expected \(180,\) finite"),
+        ({"by": "rank"}, "by is 'rank'"),
+        ({"source": byline.Scores(np.random.default_rng(0).random((180, 180))), "by": "loss"}, "where there is a loss"),
         ({"names": ["a"]}, "labels: expected whole numbers from 0 to 0, the places in names"),
         ({"trusted": np.zeros(5)}, "self-influence takes none"),
         (

@@ -114,6 +114,7 @@ def find_mislabels(
     rows: int = 50,
     evidence: int = 5,
     loss: Any = None,
+    by: str = "both",
     trusted: Any = None,
     names: Sequence[str] | None = None,
 ) -> Mislabels:
@@ -131,7 +132,9 @@ def find_mislabels(
         rows: How many examples to return, the most suspicious; evidence is gathered for these alone.
         evidence: How many opponents to give for each.
         loss: (n_train,) loss of each example, preferably of models that did not train on it (`out_of_sample_loss`).
-            Ranked with the scores by the mean of the two ranks.
+        by: ``"both"`` ranks by the mean of the ranks by score and by loss (by score where there is no loss), ``"score"`` and
+            ``"loss"`` by one of them alone. Members that have not memorised, such as early checkpoints, rank best by
+            loss; fully trained ones do not (docs/uses.md).
         trusted: (n_test,) labels of the trusted examples.
         names: What whole-number labels are called, in their order.
 
@@ -170,7 +173,9 @@ def find_mislabels(
     else:
         (score, stderr), what = _of_scores(source, trusted is not None), "the loss given"
         said = "harm to trusted examples" if trusted is not None else "the diagonal of the scores"
-    if np.ptp(score) <= 1e-6 * np.abs(score).max():
+    if by not in ("both", "score", "loss") or (by == "loss" and loss is None):
+        raise ValueError(f"by is {by!r}; expected 'both', 'score', or 'loss' where there is a loss")
+    if by != "loss" and np.ptp(score) <= 1e-6 * np.abs(score).max():
         raise ValueError(
             f"source gives every training example the same score, {score[0]:.3g}: methods that normalise gradients say "
             "nothing of an example's influence on itself; use byline.TRAK, Influence, GradDot or KNNShapley"
@@ -178,8 +183,9 @@ def find_mislabels(
     ranks = rankdata(score)
     if loss is not None:
         loss = _loss(loss, n)
-        ranks = rankdata(ranks + rankdata(loss))
-        said += f" and {what}"
+        if by != "score":
+            ranks = rankdata(loss) if by == "loss" else rankdata(ranks + rankdata(loss))
+            said = what if by == "loss" else f"{said} and {what}"
     suspicion = (ranks - 0.5) / n
     order = np.argsort(-suspicion, kind="stable")[: min(rows, n)]
     carried = given
