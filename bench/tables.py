@@ -2,11 +2,11 @@
 
     python bench/tables.py runs/fashion-mlp/results.json README.md
     python bench/tables.py runs/fashion-mlp/grid.json docs/grid.md --marker fashion-mlp
-
     python bench/tables.py runs/influence-mlp.json docs/figures.md --marker influence-mlp
+    python bench/shares.py > shares.txt; python bench/tables.py shares.txt docs/uses.md --marker shares
 
-Replaces what stands between `<!-- table:begin -->` and `<!-- table:end -->`, and between the `savings` markers; of a
-grid or of influence.py, what stands between those of `--marker`.
+Replaces what stands between `<!-- table:begin -->` and `<!-- table:end -->`, and between the `savings` markers; of
+other figures, what stands between those of `--marker`.
 """
 
 from __future__ import annotations
@@ -178,6 +178,26 @@ def influence(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def printed(text: str) -> str:
+    """The tables that a script printed, as Markdown: columns are where the dashes are."""
+    parts, lines = [], text.splitlines()
+    for place, line in enumerate(lines):
+        if not re.fullmatch(r"-+( +-+)+ *", line) or place == 0:
+            continue
+        spans = [match.span() for match in re.finditer("-+", line)]
+        # a cell may be wider than its dashes only in the last column
+        spans[-1] = spans[-1][0], None
+        rows = [lines[place - 1]]
+        for row in lines[place + 1 :]:
+            if not row.strip():
+                break
+            rows.append(row)
+        cells = [[row[a:b].strip() for a, b in spans] for row in rows]
+        cells.insert(1, ["---"] * len(spans))
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
+    return "\n\n".join(parts)
+
+
 def _ratio(value: float) -> str:
     return "–" if value != value else f"{value:.2f}"
 
@@ -188,9 +208,11 @@ def main() -> None:
     parser.add_argument("page", type=Path)
     parser.add_argument("--marker", help="what the markers in the page are called")
     options = parser.parse_args()
-    result = json.loads(options.results.read_text())
+    result = json.loads(options.results.read_text()) if options.results.suffix == ".json" else {}
     text = options.page.read_text()
-    if "checks" in result:
+    if not result:
+        parts = {options.marker: printed(options.results.read_text())}
+    elif "checks" in result:
         parts = {options.marker or "influence": influence(result)}
     elif result.get("kind") == "grid":
         parts = {options.marker or result["setting"]["name"]: grid(result)}

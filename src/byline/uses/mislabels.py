@@ -132,9 +132,9 @@ def find_mislabels(
         rows: How many examples to return, the most suspicious; evidence is gathered for these alone.
         evidence: How many opponents to give for each.
         loss: (n_train,) loss of each example, preferably of models that did not train on it (`out_of_sample_loss`).
-        by: ``"both"`` ranks by the mean of the ranks by score and by loss (by score where there is no loss), ``"score"`` and
-            ``"loss"`` by one of them alone. Members that have not memorised, such as early checkpoints, rank best by
-            loss; fully trained ones do not (docs/uses.md).
+        by: ``"both"`` ranks by the mean of the ranks by score and by loss (by score where there is none), ``"score"``
+            and ``"loss"`` by one of them alone. Members that have not memorised, such as early checkpoints, rank best
+            by loss; fully trained ones do not (docs/uses.md).
         trusted: (n_test,) labels of the trusted examples.
         names: What whole-number labels are called, in their order.
 
