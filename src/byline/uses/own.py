@@ -201,7 +201,8 @@ def look_for_mislabels(
 
     features = Exact() if len(train_set) <= 5000 else Factorized(2048)
     attributor = TRAK(task, members, features=features, progress=progress).fit(train_set)
-    return find_mislabels(attributor, data.labels, rows=rows, evidence=evidence, names=data.class_names)
+    # by loss: at early checkpoints nothing ranks better (docs/uses.md); the attributor tells whom to look at
+    return find_mislabels(attributor, data.labels, rows=rows, evidence=evidence, by="loss", names=data.class_names)
 
 
 def _classes(given: np.ndarray, where: str) -> tuple[Tensor, list[str]]:
