@@ -189,7 +189,8 @@ def printed(text: str) -> str:
         spans[-1] = spans[-1][0], None
         rows = [lines[place - 1]]
         for row in lines[place + 1 :]:
-            if not row.strip():
+            # text that follows a table is not in its columns
+            if not row.strip() or any(row[a - 1 : a].strip() for a, _ in spans[1:]):
                 break
             rows.append(row)
         cells = [[row[a:b].strip() for a, b in spans] for row in rows]

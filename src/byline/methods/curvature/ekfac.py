@@ -14,7 +14,7 @@ from torch import Tensor
 from byline.features.base import State
 from byline.features.blocks import Block, Outer
 from byline.methods.curvature.base import Problem
-from byline.methods.curvature.kfac import KFAC, cut, turn
+from byline.methods.curvature.kfac import KFAC, cut, turned_rows
 from byline.methods.curvature.layout import Part
 
 
@@ -49,7 +49,6 @@ def _squares(block: Block, weight: Tensor, part: Part, state: State) -> Tensor:
     total = torch.zeros(part.shape, dtype=weight.dtype, device=weight.device)
     step = max(1, 2**24 // max(1, part.stop - part.start))
     for start in range(0, len(weight), step):
-        rows = cut(block, start, start + step).rows().view(-1, *part.shape)
-        turned = turn(rows, state, part.name).square_()
+        turned = turned_rows(cut(block, start, start + step), part, state).square_()
         total += torch.einsum("b,bgoi->goi", weight[start : start + step], turned)
     return total

@@ -139,9 +139,21 @@ def _weighted(block: Block, weights: Tensor, part: Part, state: State) -> Tensor
     out = []
     step = max(1, 2**24 // max(1, part.stop - part.start))
     for start in range(0, len(block.right if not isinstance(block, Flat) else block.grad), step):
-        rows = cut(block, start, start + step).rows().view(-1, *part.shape)
-        out.append((turn(rows, state, part.name).square() * weights.to(rows)).flatten(1).sum(1))
+        turned = turned_rows(cut(block, start, start + step), part, state)
+        out.append((turned.square_() * weights.to(turned)).flatten(1).sum(1))
     return torch.cat(out)
+
+
+def turned_rows(block: Block, part: Part, state: State) -> Tensor:
+    """(B, G, o, i) gradients in the block's eigenbasis; of few positions, factors are turned before their product."""
+    if isinstance(block, Outer):
+        (o, i), tokens = part.shape[-2:], block.left.shape[2]
+        left, right = state.get(f"{part.name}/left"), state.get(f"{part.name}/right")
+        if tokens * (o * o + i * i) < o * i * (o + i):
+            a = block.left if left is None else block.left @ left.to(block.left)
+            b = block.right if right is None else block.right @ right.to(block.right)
+            return (a.mT @ b).view(-1, *part.shape)
+    return turn(block.rows().view(-1, *part.shape), state, part.name)
 
 
 def cut(block: Block, start: int, stop: int) -> Block:
@@ -173,7 +185,9 @@ def _add(moments: _Moments, block: Block, weight: Tensor) -> None:
 def _sum(total: Tensor | None, factor: Tensor, weight: Tensor, widest: int) -> Tensor:
     """Σ over examples and positions of a factor (B, G, T, d) with itself: (G, d, d), or (G, d) if that is too wide."""
     flat = factor.transpose(0, 1).flatten(1, 2)
-    weighted = (factor * weight.view(-1, 1, 1, 1)).transpose(0, 1).flatten(1, 2)
+    # of convolutions a factor is large, and the weights of the empirical Fisher are all 1
+    even = bool((weight == 1).all())
+    weighted = flat if even else (factor * weight.view(-1, 1, 1, 1)).transpose(0, 1).flatten(1, 2)
     found = (weighted * flat).sum(1) if factor.shape[-1] > widest else weighted.mT @ flat
     return found.double() if total is None else total.add_(found)
 
