@@ -83,7 +83,9 @@ def started(workers: int) -> tuple[Any, dict[str, float]]:
     small = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.arange(64) % 2)
     model = torch.nn.Linear(4, 2).eval()
     with tempfile.TemporaryDirectory() as folder:
-        byline.GradDot(byline.Task(model), model, store=folder, batch_size=1, progress=False, engine=engine).fit(small)
+        byline.GradDot(
+            byline.Task(model), byline.Independent([model]), store=folder, batch_size=1, progress=False, engine=engine
+        ).fit(small)
     return engine, {"ray": up, "first job": time.perf_counter() - before - up}
 
 
