@@ -22,6 +22,7 @@ import torch
 from scipy.stats import rankdata
 
 from byline.evaluate.bank import Bank
+from byline.evaluate.measure import check_bootstrap, percentile
 
 Correlation = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -89,13 +90,13 @@ def lds(scores: Any, bank: Bank, *, bootstrap: int = 1000, confidence: float = 0
         ValueError: If shapes do not match, a score is not finite, or the bank has fewer than 3 subsets.
     """
     predicted, actual = _sums(scores, bank, "scores")
-    _check_bootstrap(bootstrap, confidence, 0)
+    check_bootstrap(bootstrap, confidence)
     each = spearman(predicted, actual)
     valid = np.isfinite(each)
     interval = (float("nan"), float("nan"))
     if bootstrap and valid.any():
         means = _resample(predicted[valid], actual[valid], bootstrap, np.random.default_rng(seed))
-        interval = _quantiles(means, confidence)
+        interval = percentile(means, confidence)
     split_half, ceiling = noise_ceiling(bank)
     return LDS(
         mean=float(each[valid].mean()) if valid.any() else float("nan"),
@@ -157,7 +158,7 @@ def lds_difference(
     """
     mine, actual = _sums(scores, bank, "scores")
     theirs, _ = _sums(baseline, bank, "baseline")
-    _check_bootstrap(bootstrap, confidence, 1)
+    check_bootstrap(bootstrap, confidence, least=1)
     each = spearman(mine, actual) - spearman(theirs, actual)
     valid = np.isfinite(each)
     if not valid.any():
@@ -168,7 +169,7 @@ def lds_difference(
         _resample(predicted[valid], actual[valid], bootstrap, np.random.default_rng(seed))
         for predicted in (mine, theirs)
     )
-    return LDSDifference(float(each[valid].mean()), _quantiles(one - two, confidence), each, confidence)
+    return LDSDifference(float(each[valid].mean()), percentile(one - two, confidence), each, confidence)
 
 
 def _sums(scores: Any, bank: Bank, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -184,18 +185,6 @@ def _sums(scores: Any, bank: Bank, name: str) -> tuple[np.ndarray, np.ndarray]:
     if len(bank.subsets) < 3:
         raise ValueError(f"bank: has {len(bank.subsets)} subsets; a rank correlation needs at least 3")
     return values.astype(np.float64) @ bank.subsets.T.astype(np.float64), bank.outputs.astype(np.float64).mean(1).T
-
-
-def _check_bootstrap(bootstrap: int, confidence: float, least: int) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence!r}: expected a number between 0 and 1")
-    if bootstrap < least:
-        raise ValueError(f"bootstrap={bootstrap!r}: expected a whole number of at least {least}")
-
-
-def _quantiles(draws: np.ndarray, confidence: float) -> tuple[float, float]:
-    low, high = np.nanquantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:

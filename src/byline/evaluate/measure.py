@@ -90,10 +90,10 @@ def is_whole(value: Any, low: int, high: float = float("inf")) -> TypeGuard[int]
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(low <= value <= high)
 
 
-def check_bootstrap(bootstrap: int, confidence: float) -> None:
+def check_bootstrap(bootstrap: int, confidence: float, least: int = 0) -> None:
     """Refuse a number of resamples or a confidence that has no meaning."""
-    if not is_whole(bootstrap, 0):
-        raise ValueError(f"bootstrap={bootstrap!r}: expected a whole number of at least 0")
+    if not is_whole(bootstrap, least):
+        raise ValueError(f"bootstrap={bootstrap!r}: expected a whole number of at least {least}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence!r}: expected a number between 0 and 1")
 
