@@ -14,7 +14,7 @@ from torch import Tensor
 from byline.features.base import State
 from byline.features.blocks import Block, Outer
 from byline.methods.curvature.base import Problem
-from byline.methods.curvature.kfac import KFAC, cut, turned_rows
+from byline.methods.curvature.kfac import KFAC, cut, turned_factors, turned_rows
 from byline.methods.curvature.layout import Part
 
 
@@ -40,11 +40,9 @@ class EKFAC(KFAC):
 
 def _squares(block: Block, weight: Tensor, part: Part, state: State) -> Tensor:
     """(G, o, i) the weighted sum over a batch of squared gradients in the eigenbasis."""
-    left, right = state.get(f"{part.name}/left"), state.get(f"{part.name}/right")
     if isinstance(block, Outer) and block.left.shape[2] == 1:
         # one position: the square of a product is the product of squares
-        a = block.left if left is None else block.left @ left.to(block.left)
-        b = block.right if right is None else block.right @ right.to(block.right)
+        a, b = turned_factors(block, part, state)
         return torch.einsum("bgto,bgti->goi", a.square() * weight.view(-1, 1, 1, 1), b.square())
     total = torch.zeros(part.shape, dtype=weight.dtype, device=weight.device)
     step = max(1, 2**24 // max(1, part.stop - part.start))

@@ -130,10 +130,8 @@ def turn(matrices: Tensor, state: State, name: str, back: bool = False) -> Tenso
 
 def _weighted(block: Block, weights: Tensor, part: Part, state: State) -> Tensor:
     """(B,) sums of the squares of each gradient in the eigenbasis, by weights (G, o, i)."""
-    left, right = state.get(f"{part.name}/left"), state.get(f"{part.name}/right")
     if isinstance(block, Outer) and block.left.shape[2] == 1:
-        a = block.left if left is None else block.left @ left.to(block.left)
-        b = block.right if right is None else block.right @ right.to(block.right)
+        a, b = turned_factors(block, part, state)
         inner = torch.einsum("bgto,goi->bgti", a.square(), weights.to(a))
         return (inner * b.square()).flatten(1).sum(1)
     out = []
@@ -144,14 +142,20 @@ def _weighted(block: Block, weights: Tensor, part: Part, state: State) -> Tensor
     return torch.cat(out)
 
 
+def turned_factors(block: Outer, part: Part, state: State) -> tuple[Tensor, Tensor]:
+    """(B, G, T, o) and (B, G, T, i): the factors of gradients in the block's eigenbasis."""
+    left, right = state.get(f"{part.name}/left"), state.get(f"{part.name}/right")
+    a = block.left if left is None else block.left @ left.to(block.left)
+    b = block.right if right is None else block.right @ right.to(block.right)
+    return a, b
+
+
 def turned_rows(block: Block, part: Part, state: State) -> Tensor:
     """(B, G, o, i) gradients in the block's eigenbasis; of few positions, factors are turned before their product."""
     if isinstance(block, Outer):
         (o, i), tokens = part.shape[-2:], block.left.shape[2]
-        left, right = state.get(f"{part.name}/left"), state.get(f"{part.name}/right")
         if tokens * (o * o + i * i) < o * i * (o + i):
-            a = block.left if left is None else block.left @ left.to(block.left)
-            b = block.right if right is None else block.right @ right.to(block.right)
+            a, b = turned_factors(block, part, state)
             return (a.mT @ b).view(-1, *part.shape)
     return turn(block.rows().view(-1, *part.shape), state, part.name)
 
