@@ -106,7 +106,7 @@ class Voting(Work):
         made.engine, made.progress = HERE, False
         made.ledger = Ledger() if state["counts"] else None
         made.store = Store(state["place"], worker=True)
-        made._resident, made._held_states, made._held_norms = {}, {}, {}
+        made._let_go()
         made._bench = Workbench(made.task, made._train_set, made.collate, state["device"])
         made._products = Products(state["shared"])
         self.attributor, self.job, self.shared = made, state["job"], state["shared"]
