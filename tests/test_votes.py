@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import byline
-from byline.votes import Votes, settled
+from byline.evaluate.settled import settled
+from byline.votes import Votes
 
 
 def net(seed: int) -> nn.Module:

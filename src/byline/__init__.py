@@ -16,6 +16,7 @@ from byline.evaluate.mislabel import flip_labels, mislabel_detection
 from byline.evaluate.overlap import topk_overlap
 from byline.evaluate.removal import brittleness, removal_curve
 from byline.evaluate.retraining import Bank, retrain
+from byline.evaluate.settled import settled
 from byline.features import Dense, Exact, Factorized, Nystrom
 from byline.ledger import Ledger
 from byline.methods import (
@@ -35,7 +36,7 @@ from byline.scores import Ranking, Scores
 from byline.task import Task
 from byline.tokens import TokenScores, tokens
 from byline.training import Recipe, Trainer, train_many
-from byline.votes import Votes, settled
+from byline.votes import Votes
 
 if TYPE_CHECKING:
     from byline.serve.client import Client

@@ -30,7 +30,7 @@ from byline.progress import bar
 from byline.scores import Ranking, Scores, check_k, matrix
 from byline.store import Store, Stored, StoredRows
 from byline.task import ParamFilter, Task
-from byline.votes import Collected, Votes, collect
+from byline.votes import Collected, Votes
 
 Scorer = Callable[[Rows], Tensor]
 """Rows of a test batch -> (B, n_train) what one member says."""
@@ -148,11 +148,9 @@ class Attributor(ABC):
             )
             self._train_set, self.n_train_ = data, len(data)
             self._bench = Workbench(self.task, data, self.collate, self.device)
-            self._held_states: dict[str, State] = {}
+            self._let_go()
             self._write()
             self._voters = self._gather()
-            self._resident: dict[str, scan.Resident] = {}
-            self._held_norms: dict[str, Tensor] = {}
             self._prepare()
         return self
 
@@ -199,7 +197,9 @@ class Attributor(ABC):
         data = batches.as_dataset(test_set, "test_set")
         folder = None if self.store.path is None else self.store.path / "scores"
         shape = (len(data), self.n_train_)
-        found = collect(shape, lambda s: matrix(s, _IN_MEMORY, folder), len(self._voters), self._with_residuals)
+        count = len(self._voters)
+        room = matrix((count * shape[0], shape[1]), _IN_MEMORY, folder).reshape(count, *shape)
+        found = Collected(room, self._with_residuals)
         with phase(self.ledger, "serving"):
             self._vote(found, self._job(data, "test_set", "output"))
         models = [voter.member.weights.digest() for voter in self._voters]
@@ -296,6 +296,11 @@ class Attributor(ABC):
 
     # what a method says
 
+    _resident: dict[str, scan.Resident]
+    _held_states: dict[str, State]
+    _held_norms: dict[str, Tensor]
+    """What is kept in memory of the store, by member: rows, what features learnt, squared norms."""
+
     _with_residuals = False
     """Whether members vote on Q and on the kernel apart (TRAK)."""
 
@@ -362,6 +367,10 @@ class Attributor(ABC):
         with bar(steps, "scores" if job else "self-influence", self.progress) as advance:
             engine.run(voting, [pieces], take, advance, ordered=True)
         return mean
+
+    def _let_go(self) -> None:
+        """Keep nothing of the store in memory."""
+        self._resident, self._held_states, self._held_norms = {}, {}, {}
 
     def _sent(self) -> dict[str, Any]:
         """The attributes of a copy in another process, which makes for itself what it has of its own."""
