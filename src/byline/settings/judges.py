@@ -21,6 +21,7 @@ from byline.evaluate.retraining import retrain
 from byline.scores import Scores
 from byline.settings.base import Setting
 from byline.settings.workshop import Workshop
+from byline.uses.mislabels import held_out_losses
 
 if TYPE_CHECKING:
     from byline.settings.grid import Cell
@@ -310,12 +311,8 @@ def out_of_sample(shop: Workshop, folds: int = FOLDS) -> tuple[np.ndarray, float
     setting = shop.setting
     n = len(setting.train_set)
     fold = np.random.default_rng(0).permutation(n) % folds
-    runs = setting.trainer().many(
-        setting.train_set, [np.flatnonzero(fold != f) for f in range(folds)], [1000 + f for f in range(folds)]
-    )
-    losses = np.empty(n, np.float32)
-    for f, run in enumerate(runs):
-        losses[fold == f] = _losses(setting, run.state_dict, setting.train_set)[fold == f]
+    seeds = [1000 + f for f in range(folds)]
+    losses, runs = held_out_losses(setting.trainer(), setting.train_set, setting.task(), fold, seeds)
     return losses, sum(run.flops for run in runs)
 
 

@@ -24,6 +24,7 @@ from scipy.stats import rankdata
 from torch.utils.data import Subset
 
 from byline import batches
+from byline.ensembles.base import check_count
 from byline.evaluate.measure import labels_of
 from byline.evaluate.retraining import model_of, train_each
 from byline.methods.base import Attributor
@@ -157,8 +158,8 @@ def find_mislabels(
                 "itself, or trusted= with the labels of the test examples"
             )
     given = labels_of(labels, n, "labels")
-    _check_count(rows, "rows")
-    _check_count(evidence, "evidence")
+    check_count(rows, "rows")
+    check_count(evidence, "evidence")
     if names is not None:
         given = _named(given, names, "labels")
     if isinstance(source, Attributor):
@@ -250,17 +251,41 @@ def out_of_sample_loss(
     if not isinstance(folds, int) or isinstance(folds, bool) or not 2 <= folds <= n:
         raise ValueError(f"folds is {folds!r}; expected an int from 2 to the {n} training examples")
     fold = np.random.default_rng(seed).permutation(n) % folds
-    members = [(np.flatnonzero(fold != f), seed + f) for f in range(folds)]
-    out = np.empty(n)
     with bar(folds, "out-of-sample loss", progress) as advance:
-        trained = train_each(train_fn, data, members, advance)
+        seeds = [seed + f for f in range(folds)]
+        return held_out_losses(train_fn, data, task, fold, seeds, batch_size, advance)[0]
+
+
+def held_out_losses(
+    train_fn: Any,
+    data: Any,
+    task: Task,
+    fold: Array,
+    seeds: Sequence[int],
+    batch_size: int = 256,
+    advance: Callable[[float], None] = lambda steps: None,
+) -> tuple[Array, list[Any]]:
+    """(n,) the loss of each example under the model that was trained on the other folds, and what was trained.
+
+    Args:
+        train_fn: As `byline.retrain` takes it.
+        data: The examples.
+        task: Whose loss is taken.
+        fold: (n,) which part each example is in, from 0.
+        seeds: Of the model that leaves out each part.
+        batch_size: Examples per batch.
+        advance: Is told of each model.
+    """
+    members = [(np.flatnonzero(fold != f), seed) for f, seed in enumerate(seeds)]
+    out = np.empty(len(fold))
+    trained = train_each(train_fn, data, members, advance)
     for f, one in enumerate(trained):
         model, places = model_of(task, one), np.flatnonzero(fold == f)
         for start, stop in batches.spans(len(places), batch_size):
             chosen = places[start:stop]
             with torch.no_grad():
                 out[chosen] = task.loss(model, batches.gather(data, chosen.tolist())).cpu().numpy()
-    return out
+    return out, trained
 
 
 def _of_scores(scores: Scores, trusted: bool) -> tuple[Array, Array]:
@@ -315,22 +340,23 @@ def _likely(
         found = torch.cat(parts).double() / len(members)
         total = found if total is None else total + found
     assert total is not None
-    own = torch.as_tensor(_targets(attributor, order))
+    targets = _targets(attributor)
+    own = torch.as_tensor([targets[i] for i in order])
     others = total.scatter(1, own[:, None], 0.0)
     best, left = others.argmax(1), others.sum(1)
     # what a class is called in the labels that were given, which need not be the task's numbers
-    called = dict(zip(_targets(attributor, np.arange(len(given))), given.tolist(), strict=True))
+    called = dict(zip(targets, given.tolist(), strict=True))
     for row, label in enumerate(best.tolist()):
         if label in called and float(left[row]) > 0:
             suggested[row], support[row] = called[label], float(others[row, label] / left[row])
     return suggested, support
 
 
-def _targets(attributor: Attributor, order: Array) -> list[int]:
-    """The task's labels of training examples."""
-    out: list[int] = []
-    for start, stop in batches.spans(len(order), 1024):
-        batch = batches.gather(attributor._train_set, order[start:stop].tolist(), attributor.collate)
+def _targets(attributor: Attributor) -> list[int]:
+    """(n_train,) the task's labels of the training examples."""
+    data, out = attributor._train_set, []
+    for start, stop in batches.spans(len(data), 1024):
+        batch = batches.gather(data, list(range(start, stop)), attributor.collate)
         out += torch.as_tensor(attributor.task.targets(batch)).flatten().tolist()
     return out
 
@@ -362,8 +388,3 @@ def _loss(loss: Any, n: int) -> Array:
     if found.shape != (n,) or not np.isfinite(found).all():
         raise ValueError(f"loss has shape {found.shape}; expected ({n},) finite numbers")
     return found.astype(np.float64)
-
-
-def _check_count(value: Any, name: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}; expected an int of at least 1")

@@ -16,6 +16,8 @@ from torch.utils.data import TensorDataset
 
 from byline.engines.base import installed
 from byline.ensembles import Independent
+from byline.ensembles.base import check_count
+from byline.features import Exact, Factorized
 from byline.methods import TRAK
 from byline.task import Task
 from byline.training import Recipe, train_many
@@ -187,8 +189,7 @@ def look_for_mislabels(
     Returns:
         What `find_mislabels` returns, with the classes' names as labels.
     """
-    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
-        raise ValueError(f"epochs is {epochs!r}; expected an int of at least 1")
+    check_count(epochs, "epochs")
     train_set = TensorDataset(data.inputs, data.labels)
     task = Task(data.build().eval())
     batch = int(min(64, max(8, len(data.labels) // 16)))
@@ -197,8 +198,6 @@ def look_for_mislabels(
     run = train_many(data.build, train_set, recipe, task_loss=task.loss, seeds=[seed], checkpoints=kept)[0]
     members = Independent([run.checkpoints[epoch] for epoch in kept])
     # N × N kernels of exact features up to a few thousand examples, fewer columns beyond
-    from byline.features import Exact, Factorized
-
     features = Exact() if len(train_set) <= 5000 else Factorized(2048)
     attributor = TRAK(task, members, features=features, progress=progress).fit(train_set)
     # by loss: at early checkpoints nothing ranks better (docs/uses.md); the attributor tells whom to look at
