@@ -184,6 +184,8 @@ def example_of(example: Mapping[str, Any]) -> dict[str, Any]:
             **picture_of(one, f"{side}: training example {one['index']}, label {one['label']}"),
             "index": one["index"],
             "label": one["label"],
+            "name": one.get("name"),
+            "unsure": one["stderr"] is not None and abs(one["score"]) <= 2 * one["stderr"],
             "score": f"{one['score']:+.3g}",
             "stderr": f"± {one['stderr']:.1g}" if one["stderr"] is not None else "one member: no error",
             "dot": round(middle, 2),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from byline.ledger import Ledger, human_bytes, human_flops, human_seconds
-from byline.report.page import example_of, write
+from byline.report.page import example_of, picture_of, write
 from byline.scores import Ranked, Scores
 from byline.uses.mislabels import Mislabels
 from byline.uses.shares import Shares
@@ -167,23 +167,13 @@ def _example(row: int, top: Any, train: Shown, test: Shown) -> dict[str, Any]:
         for index, score, error in zip(found.indices[row], found.scores[row], found.stderr[row], strict=True):
             if sign * score <= 0:
                 continue
-            known = bool(np.isfinite(error))
-            shown = train.one(int(index))
-            shown |= {"score": float(score), "stderr": float(error) if known else None}
-            out.append(shown)
+            known = float(error) if np.isfinite(error) else None
+            out.append({**train.one(int(index)), "score": float(score), "stderr": known})
         return out
 
-    made = example_of(
+    return example_of(
         {**test.one(row), "proponents": side(top.proponents, 1), "opponents": side(top.opponents, -1), "ensemble": ""}
     )
-    for part, found in zip(made["sides"], (top.proponents, top.opponents), strict=True):
-        errors = dict(zip(found.indices[row].tolist(), found.stderr[row].tolist(), strict=True))
-        values = dict(zip(found.indices[row].tolist(), found.scores[row].tolist(), strict=True))
-        for item in part["found"]:
-            index = item["index"]
-            item["unsure"] = bool(abs(values[index]) <= 2 * errors[index])
-            item["name"] = train.one(index)["name"] if train.names is not None else None
-    return made
 
 
 def histogram(values: np.ndarray) -> list[dict[str, Any]]:
@@ -229,8 +219,6 @@ def _suspects(found: Mislabels | None, train: Shown) -> list[dict[str, Any]]:
 
 
 def _seen(train: Shown, index: int) -> dict[str, Any]:
-    from byline.report.page import picture_of
-
     one = train.one(index)
     return {**one, **picture_of(one, f"training example {index}, {one['label']}")}
 
