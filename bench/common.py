@@ -97,6 +97,30 @@ def trained(
     return setting, states, shop.bank(setting.bank_recipe) if bank is None else byline.Bank.load(bank)
 
 
+def early(setting: Setting, epochs: Sequence[int] = (2, 4, 6, 8, 10)) -> tuple[list[dict[str, Any]], float]:
+    """Checkpoints of one short run at these epochs, and the FLOPs of its training."""
+    from dataclasses import replace
+
+    import byline
+
+    recipe = replace(setting.recipe, epochs=epochs[-1])
+    options = {"task_loss": setting.task().loss, "seeds": [0], "checkpoints": list(epochs)}
+    run = byline.train_many(setting.build, setting.train_set, recipe, **options)[0]
+    return [run.checkpoints[epoch] for epoch in epochs], run.cost.flops
+
+
+def mean_loss(setting: Setting, states: Sequence[dict[str, Any]]) -> Any:
+    """(n_train,) the mean over models of each training example's loss."""
+    import torch
+
+    from byline.evaluate.retraining import model_of
+
+    task = setting.task()
+    with torch.no_grad():
+        each = [task.loss(model_of(task, state), setting.train_set.tensors) for state in states]
+    return torch.stack(each).mean(0).double().numpy()
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Plain columns; the first is aligned left, the others right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common import environment, save, table
+from common import early, environment, mean_loss, save, table
 
 FORMAT = 1
 FRACTIONS = (0.05, 0.1, 0.2)
@@ -58,19 +58,15 @@ def rankings(setting: Any, given: Any, rows: int) -> Iterator[tuple[str, Callabl
     import numpy as np
 
     import byline
-    from byline.evaluate.retraining import model_of
     from byline.settings.judges import labels_of
     from byline.uses import find_mislabels, out_of_sample_loss
 
     train, n = setting.train_set, len(labels_of(setting.train_set))
     options = {"task_loss": setting.task().loss}
     full = byline.train_many(setting.build, train, setting.recipe, seeds=range(MODELS), **options)
-    short = setting.recipe.__class__(**{**vars(setting.recipe), "epochs": 2 * CHECKPOINTS})
-    epochs = list(range(2, 2 * CHECKPOINTS + 1, 2))
-    run = byline.train_many(setting.build, train, short, seeds=[0], checkpoints=epochs, **options)[0]
-    early = [run.checkpoints[epoch] for epoch in epochs]
+    checkpoints, few = early(setting)
     states = [one.state_dict for one in full]
-    once, five, few = full[0].cost.flops, sum(one.cost.flops for one in full), run.cost.flops
+    once, five = full[0].cost.flops, sum(one.cost.flops for one in full)
     task = setting.task()
     fitted: dict[str, Any] = {}
 
@@ -91,41 +87,34 @@ def rankings(setting: Any, given: Any, rows: int) -> Iterator[tuple[str, Callabl
             loss=np.zeros(n) if isinstance(loss, float) else loss,
         )
 
-    def losses(members: Any) -> Any:
-        import torch
-
-        models = [model_of(task, state) for state in members]
-        with torch.no_grad():
-            return torch.stack([task.loss(model, train.tensors) for model in models]).mean(0).double().numpy()
-
     outside = out_of_sample_loss(setting.trainer(), train, task, folds=FOLDS, progress=False)
     # five models on four fifths of the examples each
     folds = (FOLDS - 1) * once
-    yield "loss in the sample, 1 model", lambda: losses(states[:1]), once
-    yield f"loss at {CHECKPOINTS} checkpoints", lambda: losses(early), few
+    yield "loss in the sample, 1 model", lambda: mean_loss(setting, states[:1]), once
+    yield f"loss at {CHECKPOINTS} checkpoints", lambda: mean_loss(setting, checkpoints), few
     yield f"loss out of the sample, {FOLDS} folds", lambda: outside, folds
     yield "TRAK, 1 model", self_influence("one", byline.TRAK, states[:1]), once
     yield f"TRAK, {MODELS} models", self_influence("five", byline.TRAK, states), five
-    yield f"TRAK, {CHECKPOINTS} checkpoints", self_influence("early", byline.TRAK, early), few
-    yield f"KNN-Shapley, {CHECKPOINTS} checkpoints", self_influence("knn", byline.KNNShapley, early), few
+    yield f"TRAK, {CHECKPOINTS} checkpoints", self_influence("early", byline.TRAK, checkpoints), few
+    yield f"KNN-Shapley, {CHECKPOINTS} checkpoints", self_influence("knn", byline.KNNShapley, checkpoints), few
     yield (
         f"find_mislabels(TRAK, {CHECKPOINTS} checkpoints)",
-        self_influence("early", byline.TRAK, early, None),
+        self_influence("early", byline.TRAK, checkpoints, None),
         few,
     )
     yield (
         f"find_mislabels(KNN-Shapley, {CHECKPOINTS} checkpoints)",
-        self_influence("knn", byline.KNNShapley, early, losses(early)),
+        self_influence("knn", byline.KNNShapley, checkpoints, mean_loss(setting, checkpoints)),
         few,
     )
     yield (
         "the same TRAK, with loss= out of the sample",
-        self_influence("early", byline.TRAK, early, outside),
+        self_influence("early", byline.TRAK, checkpoints, outside),
         few + folds,
     )
     yield (
         "the same KNN-Shapley, with loss= out of the sample",
-        self_influence("knn", byline.KNNShapley, early, outside),
+        self_influence("knn", byline.KNNShapley, checkpoints, outside),
         few + folds,
     )
 

@@ -15,11 +15,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common import ROOT, SETTING, environment, save, table
+from common import ROOT, SETTING, early, environment, mean_loss, save, table
 
 FORMAT = 1
 BUDGETS = (0.1, 0.25, 0.5)
-EPOCHS = (2, 4, 6, 8, 10)
 
 
 def lead(model: Any, batch: Any) -> Any:
@@ -34,23 +33,18 @@ def lead(model: Any, batch: Any) -> Any:
 def choices(setting: Any, target: Any) -> dict[str, dict[float, Any]]:
     """(n_train,) bool masks by name and budget."""
     import numpy as np
-    import torch
 
     import byline
-    from byline.evaluate.retraining import model_of
     from byline.settings.judges import labels_of
     from byline.uses import select
 
     train, labels = setting.train_set, labels_of(setting.train_set)
     n, task = len(labels), setting.task()
-    short = setting.recipe.__class__(**{**vars(setting.recipe), "epochs": EPOCHS[-1]})
-    run = byline.train_many(setting.build, train, short, task_loss=task.loss, seeds=[0], checkpoints=list(EPOCHS))[0]
-    early = byline.Independent([run.checkpoints[epoch] for epoch in EPOCHS])
-    trak = byline.TRAK(task, early, progress=False).fit(train).attribute(target)
-    alike = byline.RepresentationSimilarity(task, early, progress=False).fit(train).attribute(target)
-    with torch.no_grad():
-        models = [model_of(task, run.checkpoints[epoch]) for epoch in EPOCHS]
-        loss = torch.stack([task.loss(model, train.tensors) for model in models]).mean(0).numpy()
+    checkpoints, _ = early(setting)
+    members = byline.Independent(checkpoints)
+    trak = byline.TRAK(task, members, progress=False).fit(train).attribute(target)
+    alike = byline.RepresentationSimilarity(task, members, progress=False).fit(train).attribute(target)
+    loss = mean_loss(setting, checkpoints)
     rng = np.random.default_rng(0)
     found: dict[str, dict[float, Any]] = {}
 

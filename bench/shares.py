@@ -15,10 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common import ROOT, SETTING, environment, save, table
+from common import ROOT, SETTING, early, environment, save, table
 
 FORMAT = 1
-EPOCHS = (2, 4, 6, 8, 10)
 
 
 def dealt(labels: Any, owners: int, seed: int = 0) -> Any:
@@ -60,10 +59,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     half = options.seeds // 2
     parts = [bank.outputs[:, s].mean(1) for s in (slice(half), slice(half, 2 * half))]
     falls = [(part[:1] - part[1:]).T for part in parts]
-    short = setting.recipe.__class__(**{**vars(setting.recipe), "epochs": EPOCHS[-1]})
-    run = byline.train_many(setting.build, train, short, task_loss=task.loss, seeds=[0], checkpoints=list(EPOCHS))[0]
     members = {
-        "5 checkpoints of one short run": [run.checkpoints[epoch] for epoch in EPOCHS],
+        "5 checkpoints of one short run": early(setting)[0],
         "1 model": [
             byline.train_many(setting.build, train, setting.recipe, task_loss=task.loss, seeds=[0])[0].state_dict
         ],
