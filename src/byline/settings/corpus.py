@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.data import TensorDataset
 
+from byline.features import Factorized
+from byline.settings.base import BankRecipe
+from byline.training import Recipe
+
 IGNORED = -100
+SEQUENCES: dict[str, Any] = {
+    "recipe": Recipe(optimizer="adamw", lr=3e-3, batch_size=8, epochs=12, schedule="linear", weight_decay=0.01),
+    "bank_recipe": BankRecipe(subsets=30, fraction=0.5, seeds=2),
+    "output": "language-modeling",
+    # exact rows of a transformer would be as wide as the model
+    "features": partial(Factorized, 2048, "pca"),
+    "batch_size": 64,
+    "group": 1,
+}
+"""What the settings of small transformers have in common, as arguments of `Setting`."""
 Owner = Mapping[str, str | int]
 """Whose an example is: plain data, such as a tune's collection and title."""
 

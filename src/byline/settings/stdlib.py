@@ -21,9 +21,8 @@ from torch import nn
 
 from byline.features import Factorized
 from byline.settings.base import BankRecipe, Data, Setting
-from byline.settings.corpus import Corpus, Owner
+from byline.settings.corpus import SEQUENCES, Corpus, Owner
 from byline.settings.transformer import Decoder, sample
-from byline.training import Recipe
 
 TRAIN, TEST = 1000, 100
 LENGTH, VOCABULARY = 96, 512
@@ -258,14 +257,9 @@ stdlib_gpt = Setting(
     description=f"A small GPT on {TRAIN} functions of Python's standard library, {TEST} to explain.",
     load=load,
     build=build,
-    recipe=Recipe(optimizer="adamw", lr=3e-3, batch_size=8, epochs=12, schedule="linear", weight_decay=0.01),
-    bank_recipe=BankRecipe(subsets=30, fraction=0.5, seeds=2),
-    output="language-modeling",
-    features=partial(Factorized, 2048, "pca"),
-    batch_size=64,
-    group=1,
     owners=owners,
     source=source,
     shortened=shortened,
     at_width=at_width,
+    **SEQUENCES,
 )

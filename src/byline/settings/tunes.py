@@ -21,10 +21,9 @@ from torch import nn
 from byline.features import Factorized
 from byline.settings import midi
 from byline.settings.base import BankRecipe, Data, Setting
-from byline.settings.corpus import Corpus, Owner
+from byline.settings.corpus import SEQUENCES, Corpus, Owner
 from byline.settings.notation import Melody, NotationError, is_heading, read_abc, read_musicxml, to_abc
 from byline.settings.transformer import Decoder, sample
-from byline.training import Recipe
 
 TRAIN, TEST = 1000, 100
 LENGTH = 96
@@ -272,17 +271,12 @@ tunes_transformer = Setting(
     description=f"A small Music Transformer on {TRAIN} folk tunes and chorales, {TEST} to explain (needs music21).",
     load=load,
     build=build,
-    recipe=Recipe(optimizer="adamw", lr=3e-3, batch_size=8, epochs=12, schedule="linear", weight_decay=0.01),
-    bank_recipe=BankRecipe(subsets=30, fraction=0.5, seeds=2),
-    output="language-modeling",
-    features=partial(Factorized, 2048, "pca"),
-    batch_size=64,
-    group=1,
     owners=owners,
     source=source,
     shortened=shortened,
     on_folder=on_folder,
     at_width=at_width,
+    **SEQUENCES,
 )
 
 __all__ = ["Tunes", "generate", "read", "tunes", "tunes_transformer"]
