@@ -35,14 +35,22 @@ def first_notes(tokens: Sequence[str], count: int) -> list[str]:
 
 
 def events(tokens: Sequence[str], tokenizer: Any) -> list[int]:
-    """Ids of the MIDI that music21 makes of a tune."""
+    """Ids of the MIDI that music21 makes of a tune's notes, as they are written: it cannot play some repeats."""
     import music21
     import symusic
 
     from byline.settings.notation import to_abc
 
+    read = music21.converter.parseData(to_abc(tokens), format="abc").parts[0].flatten()
+    notes = music21.stream.Stream()
+    for meter in list(read.getElementsByClass(music21.meter.TimeSignature))[:1]:
+        notes.append(music21.meter.TimeSignature(meter.ratioString))
+    for one in read.notesAndRests:
+        made = music21.note.Note(one.pitch) if one.isNote else music21.note.Rest()
+        made.quarterLength = one.quarterLength
+        notes.append(made)
     with tempfile.NamedTemporaryFile(suffix=".mid") as file:
-        music21.converter.parseData(to_abc(tokens), format="abc").write("midi", file.name)
+        notes.write("midi", file.name)
         score = symusic.Score(file.name)
     found = tokenizer(score)
     return list(found[0].ids if isinstance(found, list) else found.ids)
