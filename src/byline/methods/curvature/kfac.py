@@ -26,6 +26,7 @@ from byline.methods.curvature.layout import Part, block_of
 
 _DENSE = 512
 _WIDEST = 4096
+_LONG = 32  # positions from which a product per example costs no more than one of all
 
 
 @dataclass
@@ -188,11 +189,18 @@ def _add(moments: _Moments, block: Block, weight: Tensor) -> None:
 
 def _sum(total: Tensor | None, factor: Tensor, weight: Tensor, widest: int) -> Tensor:
     """Σ over examples and positions of a factor (B, G, T, d) with itself: (G, d, d), or (G, d) if that is too wide."""
-    flat = factor.transpose(0, 1).flatten(1, 2)
-    # of convolutions a factor is large, and the weights of the empirical Fisher are all 1
-    even = bool((weight == 1).all())
-    weighted = flat if even else (factor * weight.view(-1, 1, 1, 1)).transpose(0, 1).flatten(1, 2)
-    found = (weighted * flat).sum(1) if factor.shape[-1] > widest else weighted.mT @ flat
+    groups, tokens, width = factor.shape[1:]
+    if width > widest:
+        found = (factor.square().sum(2) * weight.view(-1, 1, 1).to(factor)).sum(0)
+    elif tokens >= _LONG and factor.mT.is_contiguous():
+        # of convolutions a factor is large, and lies turned: the product takes it as it is
+        found = factor.new_zeros(groups, width, width)
+        for one, by in zip(factor, weight.tolist(), strict=True):
+            found.baddbmm_(one.mT, one, alpha=by)
+    else:
+        flat = factor.transpose(0, 1).flatten(1, 2)
+        weighted = (factor * weight.view(-1, 1, 1, 1).to(factor)).transpose(0, 1).flatten(1, 2)
+        found = weighted.mT @ flat
     return found.double() if total is None else total.add_(found)
 
 
