@@ -151,8 +151,9 @@ def _helped(result: dict[str, Any], cells: dict[tuple[str, str], Any]) -> str:
 def influence(result: dict[str, Any]) -> str:
     """byline beside kronfluence and dattri: CPU seconds, their ratio, correlations."""
     lines = [
-        "| method | library | test × train | fit | score | byline ÷ it, fit | in all | memory | Pearson | Spearman |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| method | library | test × train | fit | of it curvature | score | byline ÷ it, curvature | fit | in all | memory | "
+        "Pearson | Spearman |",
+        f"|{' --- |' * 12}",
     ]
     for row in result["rows"]:
         peer = row["library"] != "byline"
@@ -161,7 +162,9 @@ def influence(result: dict[str, Any]) -> str:
         cells = ["" if peer else row["case"], row["name"], " × ".join(map(str, row["shape"]))]
         cells += [
             f"{row['fit_cpu']:.2f} s",
+            f"{row['curvature_cpu']:.2f} s" if row.get("curvature_cpu") else "",
             f"{row['score_cpu']:.2f} s",
+            _ratio(row["curvature_ratio"]) if "curvature_ratio" in row else "",
             *ratios,
             f"{row['peak'] / 1e6:.0f} MB",
             *alike,

@@ -161,6 +161,49 @@ def report(
     Console(stderr=True).print(f"Report: {page}", highlight=False)
 
 
+@app.command(epilog="Example:  byline generate tunes-transformer --count 4")
+def generate(
+    setting: Annotated[str, typer.Argument(help="tunes-transformer or stdlib-gpt.")],
+    count: Annotated[int, typer.Option(help="How many works.", min=1, max=50)] = 4,
+    k: Annotated[int, typer.Option("-k", help="Sources of each.", min=1)] = 3,
+    seed: Annotated[int, typer.Option(help="Of the draws.", min=0)] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run (runs/SETTING); models that it lacks are trained.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="A small model of a fifth of the data: to see that all works.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let a model make tunes or code up, and show which training tunes or functions taught it, bar by bar."""
+    from byline import settings
+    from byline.report.works import to_dict, works_page
+    from byline.settings.bench import form
+    from byline.settings.works import make_up
+    from byline.settings.workshop import Workshop
+
+    console = Console(stderr=True)
+    with _one_sentence():
+        if setting not in settings.names():
+            raise ValueError(f"no setting {setting!r}; expected tunes-transformer or stdlib-gpt")
+        chosen, _ = form(settings.get(setting), quick, None)
+        folder = out or Path("runs") / setting
+        shop = Workshop(chosen, folder, lambda sentence: console.print(f"  {escape(sentence)}", highlight=False), True)
+        works = make_up(shop, count, k=k, seed=seed)
+        command = ["byline", "generate", setting, "--count", str(count), "-k", str(k), "--seed", str(seed)]
+        command += [*(["--quick"] if quick else []), "--out", str(folder)]
+        page = works_page(works, folder / "works.html", title=setting, command=shlex.join(command))
+        text = json.dumps(to_dict(works), ensure_ascii=False, indent=1)
+        (folder / "works.json").write_text(text, encoding="utf-8")
+    if as_json:
+        typer.echo(text)
+        return
+    for work in works.works:
+        lead = work.sources[0]
+        Console().print(
+            f"no. {work.seed}: {escape(str(lead.about.get('title') or lead.index))}  {lead.score:+.3g}", highlight=False
+        )
+    console.print(f"\nTo look at: {page}", highlight=False)
+
+
 @app.command(epilog="Example:  byline mislabels photos/   or   byline mislabels customers.csv --label churned")
 def mislabels(
     data: Annotated[Path, typer.Argument(help="A folder with a folder of pictures for each class, or a CSV file.")],

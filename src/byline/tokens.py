@@ -115,12 +115,18 @@ def tokens(
     Raises:
         RuntimeError: the attributor is not fitted.
         TypeError: it is none, or the sequence is no dict with ``input_ids``.
-        ValueError: its method's scores have no parts per position, a position is no target, or a place is not in the
-            training set.
+        ValueError: its method's scores have no parts per position, a position is no target, a place is not in the
+            training set, or the attributor's ``collate`` drops labels.
     """
     _check(attributor)
     item, chosen = _targets(sequence, positions)
     data = [_only(item, position) for position in chosen]
+    made = batches.gather(data[:1], [0], attributor.collate)
+    if not isinstance(made, Mapping) or "labels" not in made:
+        raise ValueError(
+            "collate makes batches without labels, so that no token can be explained alone; expected it to keep "
+            "the labels of items that have some"
+        )
     whole = attributor.attribute(data).values
     if train is None:
         order = np.argsort(-whole.mean(0), kind="stable")[: check_k(min(k, attributor.n_train_), attributor.n_train_)]

@@ -3,5 +3,6 @@
 from byline.report.page import build, render
 from byline.report.scores import Shown, scores_page
 from byline.report.words import as_good_as, percent, verdict
+from byline.report.works import works_page
 
-__all__ = ["Shown", "as_good_as", "build", "percent", "render", "scores_page", "verdict"]
+__all__ = ["Shown", "as_good_as", "build", "percent", "render", "scores_page", "verdict", "works_page"]

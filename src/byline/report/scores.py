@@ -149,7 +149,7 @@ def scores_page(
         "histogram": histogram(scores.values),
         "largest": _largest(self_influence, train),
         "suspects": _suspects(suspects, train),
-        "owners": _owners(shares),
+        "owners": owners_table(shares),
         "scheme": shares.scheme if shares is not None else "",
         "costs": _costs(ledger),
         "notes": [f"{name}: {value}" for name, value in scores.info.items() if isinstance(value, str | int | float)],
@@ -223,7 +223,8 @@ def _seen(train: Shown, index: int) -> dict[str, Any]:
     return {**one, **picture_of(one, f"training example {index}, {one['label']}")}
 
 
-def _owners(found: Shares | None) -> list[dict[str, Any]]:
+def owners_table(found: Shares | None) -> list[dict[str, Any]]:
+    """What a table of owners shows: name, share, interval, size and the length of its bar."""
     if found is None:
         return []
     rows = []

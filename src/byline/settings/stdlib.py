@@ -231,8 +231,8 @@ def at_width(setting: Setting, width: int) -> Setting:
     return replace(setting, build=partial(build, width=width), shortened=partial(shortened, width=width))
 
 
-def generate(model: Decoder, tokenizer: Any, start: str = "def ", *, seed: int = 0, temperature: float = 0.8) -> str:
-    """A function that a trained model makes up.
+def write(model: Decoder, tokenizer: Any, start: str = "def ", *, seed: int = 0, temperature: float = 0.8) -> list[int]:
+    """Token ids of a function that a trained model makes up, from the start token on.
 
     Args:
         model: trained on functions, in eval mode.
@@ -241,7 +241,7 @@ def generate(model: Decoder, tokenizer: Any, start: str = "def ", *, seed: int =
         seed: of the draws.
         temperature: below 1 the likely becomes likelier.
     """
-    ids = sample(
+    return sample(
         model,
         encode(tokenizer, start)[:-1],
         stop=END,
@@ -249,7 +249,16 @@ def generate(model: Decoder, tokenizer: Any, start: str = "def ", *, seed: int =
         seed=seed,
         forbid=lambda ids: [PAD, START],
     )
-    return str(tokenizer.decode(ids))
+
+
+def generate(model: Decoder, tokenizer: Any, start: str = "def ", *, seed: int = 0, temperature: float = 0.8) -> str:
+    """The text of what `write` makes up, with the same arguments."""
+    return str(tokenizer.decode(write(model, tokenizer, start, seed=seed, temperature=temperature)))
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token; together they are the function's."""
+    return [str(tokenizer.decode([i])) for i in ids]
 
 
 stdlib_gpt = Setting(

@@ -1,0 +1,214 @@
+"""Works that a trained model makes up, and which training sequences taught it them, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+import byline
+from byline.features import Factorized
+from byline.methods.base import Attributor
+from byline.settings import stdlib, tunes
+from byline.settings.base import Setting
+from byline.settings.corpus import IGNORED
+from byline.settings.workshop import StateDict, Workshop
+from byline.uses import Shares, shares
+
+CHECKPOINTS = 5
+COLUMNS = 512
+"""Fewer than training sequences, so that every position has a part of its own (`byline.tokens`)."""
+_OWNER = {"tunes-transformer": "collection", "stdlib-gpt": "module"}
+_STARTS = {"tunes-transformer": (("M:6/8", "K:G"), ("M:2/2", "K:D"), ("M:2/2", "K:A"), ("M:3/4", "K:G")),
+           "stdlib-gpt": ("def read", "def get", "def is", "def __init__(self")}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A training sequence that taught a work.
+
+    Attributes:
+        index: Its place in the training set.
+        about: What is known of its owner.
+        tokens: What it says, token by token.
+        score: Its score for the work, in the output's units.
+        stderr: The score's standard error over members; NaN with one.
+        parts: (tokens,) what each of its tokens adds to the score.
+        taught: (tokens of the work,) its score for each token of the work; 0 for what no model predicts.
+    """
+
+    index: int
+    about: dict[str, Any]
+    tokens: list[str]
+    score: float
+    stderr: float
+    parts: np.ndarray
+    taught: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a model made up, token by token, and its sources, the strongest first."""
+
+    tokens: list[str]
+    seed: int
+    sources: list[Source]
+
+
+@dataclass(frozen=True, eq=False)
+class Works:
+    """Works of one model.
+
+    Attributes:
+        kind: "tune" or "code".
+        works: What was made up.
+        owners: The shares of owners, per work and over all.
+        owned_by: What an owner is: "collection" or "module".
+        info: How the scores came about.
+    """
+
+    kind: str
+    works: list[Work]
+    owners: Shares
+    owned_by: str
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def make_up(shop: Workshop, count: int = 4, *, k: int = 3, seed: int = 0) -> Works:
+    """Lets a model of a setting make works up, and attributes them.
+
+    The fully trained model of seed 0 writes; who taught it is asked of `CHECKPOINTS` early checkpoints of one short run
+    (docs/grid.md says why), by TRAK on `Factorized` features.
+
+    Args:
+        shop: whose setting is "tunes-transformer" or "stdlib-gpt"; models that are not in its folder are trained.
+        count: how many works.
+        k: sources of each.
+        seed: of the draws; work n has seed + n.
+
+    Raises:
+        ValueError: another setting, or a count or k below 1.
+    """
+    setting = shop.setting
+    if setting.name not in _OWNER or setting.owners is None:
+        raise ValueError(
+            f"setting is {setting.name!r}; expected one of {', '.join(_OWNER)}, whose models make things up"
+        )
+    if count < 1 or k < 1:
+        raise ValueError(f"count is {count} and k is {k}; expected both to be at least 1")
+    model = setting.build()
+    model.load_state_dict(shop.models(1)[0].state)
+    write, words = _writer(setting, model.eval())
+    made = [write(n, seed + n) for n in range(count)]
+    attributor = _attributor(setting, shop.runs(1, CHECKPOINTS)[0].weights, shop.progress)
+    shop.tell(f"{count} works made up; {attributor.n_train_} training sequences asked")
+    works = [{"input_ids": torch.tensor(ids)} for ids in made]
+    votes = attributor.votes(works)
+    scores = attributor.attribute(works)
+    abouts = [dict(about) for about in setting.owners()[0]]
+    found = []
+    for n, ids in enumerate(made):
+        order = np.argsort(-scores.values[n], kind="stable")[:k]
+        split = byline.tokens(attributor, works[n], train=[int(i) for i in order])
+        sources = []
+        for place, index in enumerate(split.train):
+            taught = np.zeros(len(ids))
+            taught[split.positions] = split.scores[:, place] / len(split.positions)
+            length = len(split.train_ids[place])
+            sources.append(
+                Source(
+                    int(index),
+                    abouts[index],
+                    words(split.train_ids[place].tolist()),
+                    float(scores.values[n, index]),
+                    float(scores.stderr[n, index]),
+                    split.values[:, place, :length].mean(0),
+                    taught,
+                )
+            )
+        found.append(Work(words(ids), seed + n, sources))
+        shop.tell(f"{n + 1} of {count}: {sources[0].about.get('title') or sources[0].index} leads")
+    owned_by = _OWNER[setting.name]
+    owned = shares(votes, [str(about[owned_by]) for about in abouts])
+    kind = "tune" if setting.name == "tunes-transformer" else "code"
+    return Works(kind, found, owned, owned_by, scores.info)
+
+
+def _writer(
+    setting: Setting, model: Any
+) -> tuple[Callable[[int, int], list[int]], Callable[[Sequence[int]], list[str]]]:
+    """What makes up the ids of a work, start token first, and what tells their words."""
+    assert setting.owners is not None
+    size = {"train": len(setting.train_set), "test": len(setting.test_set)}
+    if setting.name == "tunes-transformer":
+        names = tunes.tunes(**size).words
+
+        def tune(n: int, seed: int) -> list[int]:
+            known = [start for start in _STARTS[setting.name] if all(word in names for word in start)] or [()]
+            return tunes.generate(model, names, known[n % len(known)], seed=seed)[0]
+
+        return tune, lambda ids: [names[i] for i in ids]
+    tokenizer = stdlib.code(**size).tokenizer
+
+    def function(n: int, seed: int) -> list[int]:
+        starts = _STARTS[setting.name]
+        return stdlib.write(model, tokenizer, str(starts[n % len(starts)]), seed=seed)
+
+    return function, lambda ids: stdlib.pieces(tokenizer, ids)
+
+
+def _attributor(setting: Setting, checkpoints: Sequence[StateDict], progress: bool) -> Attributor:
+    """TRAK of sequences as dicts, fitted."""
+    named = [{f"decoder.{name}": tensor for name, tensor in state.items()} for state in checkpoints]
+    columns = min(COLUMNS, (len(setting.train_set) - 1) // 8 * 8)
+    attributor = byline.TRAK(
+        byline.Task(_Named(setting.build()).eval(), output="language-modeling"),
+        byline.Trajectory([named]),
+        features=Factorized(columns, "pca"),
+        batch_size=setting.batch_size,
+        progress=progress,
+    )
+    return attributor.fit(_Sequences(setting))
+
+
+class _Named(nn.Module):
+    """A decoder that is called as transformers' models are."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        # causal, and padded on the right: no token sees the padding
+        return SimpleNamespace(logits=self.decoder(input_ids))
+
+
+class _Sequences(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """The training sequences of a setting as dicts; the last token of a full one is left out."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.data = setting.train_set
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        inputs, targets = self.data[index]
+        return {"input_ids": inputs[: int((targets != IGNORED).sum())]}
+
+    def collate_fn(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Padded on the right, with a mask, and with the labels where items have some."""
+        ids = [item["input_ids"] for item in items]
+        rows = pad_sequence(ids, batch_first=True)
+        mask = (torch.arange(rows.shape[1]) < torch.tensor([len(one) for one in ids])[:, None]).long()
+        batch = {"input_ids": rows, "attention_mask": mask}
+        if "labels" in items[0]:
+            labels = [item["labels"] for item in items]
+            batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+        return batch
