@@ -433,8 +433,8 @@ def main() -> None:
         f"{options.setting}, batches of {options.batch_size}. Seconds of the CPU (of all threads), byline's and "
         f"kronfluence's the median of {options.repeats} in one process, dattri's of one run. byline takes the training "
         "gradients in fit and keeps them; the peers take them in score. Targets, by CPU seconds: byline's curvature at "
-        "most kronfluence's fit, which is the same work, byline's total at most half of dattri's. Correlations are of each test example's scores "
-        "with byline's, averaged over test examples."
+        "most kronfluence's fit, which is the same work, byline's total at most half of dattri's. Correlations are of "
+        "each test example's scores with byline's, averaged over test examples."
     )
     save(options.json, run.result())
     if run.failed:

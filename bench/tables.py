@@ -151,8 +151,8 @@ def _helped(result: dict[str, Any], cells: dict[tuple[str, str], Any]) -> str:
 def influence(result: dict[str, Any]) -> str:
     """byline beside kronfluence and dattri: CPU seconds, their ratio, correlations."""
     lines = [
-        "| method | library | test × train | fit | of it curvature | score | byline ÷ it, curvature | fit | in all | memory | "
-        "Pearson | Spearman |",
+        "| method | library | test × train | fit | of it curvature | score | byline ÷ it, curvature | fit | in all "
+        "| memory | Pearson | Spearman |",
         f"|{' --- |' * 12}",
     ]
     for row in result["rows"]:

@@ -32,7 +32,7 @@ def engraved(abc: str, marks: Sequence[float] | None = None) -> str:
 
     Raises:
         ModuleNotFoundError: verovio is not installed.
-        ValueError: it is no ABC that verovio can draw.
+        ValueError: it is no ABC of a melody, or none that verovio can draw.
     """
     try:
         import verovio
@@ -41,6 +41,9 @@ def engraved(abc: str, marks: Sequence[float] | None = None) -> str:
             "sheet music is drawn by verovio, which is not installed: pip install 'byline[music]'"
         ) from None
 
+    # verovio dies of text that is no ABC
+    if not re.search(r"^X:.*^K:[^\n]*\n.*[A-Ga-gz]", abc, re.MULTILINE | re.DOTALL):
+        raise ValueError(f"abc is {abc[:60]!r}; expected the ABC text of a melody, with its X: and K: and a note")
     verovio.enableLog(verovio.LOG_OFF)
     toolkit = verovio.toolkit()
     toolkit.setOptions(
