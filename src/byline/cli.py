@@ -163,7 +163,7 @@ def report(
 
 @app.command(epilog="Example:  byline generate tunes-transformer --count 4")
 def generate(
-    setting: Annotated[str, typer.Argument(help="tunes-transformer or stdlib-gpt.")],
+    setting: Annotated[str, typer.Argument(help="tunes-transformer, stdlib-gpt or smollm2-lora.")],
     count: Annotated[int, typer.Option(help="How many works.", min=1, max=50)] = 4,
     k: Annotated[int, typer.Option("-k", help="Sources of each.", min=1)] = 3,
     seed: Annotated[int, typer.Option(help="Of the draws.", min=0)] = 0,
@@ -173,21 +173,32 @@ def generate(
     quick: Annotated[bool, typer.Option(help="A small model of a fifth of the data: to see that all works.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Let a model make tunes or code up, and show which training tunes or functions taught it, bar by bar."""
+    """Let a model make up tunes, code or answers, and show which training examples taught it, bar by bar."""
     from byline import settings
     from byline.report.works import to_dict, works_page
+    from byline.settings import smollm
     from byline.settings.bench import form
     from byline.settings.works import make_up
     from byline.settings.workshop import Workshop
 
     console = Console(stderr=True)
+    known = (*(name for name in settings.names() if settings.get(name).owners is not None), smollm.NAME)
+
+    def tell(sentence: str) -> None:
+        console.print(f"  {escape(sentence)}", highlight=False)
+
     with _one_sentence():
-        if setting not in settings.names():
-            raise ValueError(f"no setting {setting!r}; expected tunes-transformer or stdlib-gpt")
-        chosen, _ = form(settings.get(setting), quick, None)
+        if setting not in known:
+            raise ValueError(f"setting is {setting!r}; expected one of {', '.join(known)}, whose models make things up")
         folder = out or Path("runs") / setting
-        shop = Workshop(chosen, folder, lambda sentence: console.print(f"  {escape(sentence)}", highlight=False), True)
-        works = make_up(shop, count, k=k, seed=seed)
+        if setting == smollm.NAME:
+            small = {"train": 24, "adapters": 2, "epochs": 1} if quick else {}
+            parts = smollm.model_and_tokenizer()
+            asked = smollm.questions()
+            works = smollm.answer(*parts, asked, count=count, k=k, seed=seed, tell=tell, progress=True, **small)
+        else:
+            chosen, _ = form(settings.get(setting), quick, None)
+            works = make_up(Workshop(chosen, folder, tell, True), count, k=k, seed=seed)
         command = ["byline", "generate", setting, "--count", str(count), "-k", str(k), "--seed", str(seed)]
         command += [*(["--quick"] if quick else []), "--out", str(folder)]
         page = works_page(works, folder / "works.html", title=setting, command=shlex.join(command))

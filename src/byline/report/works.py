@@ -15,6 +15,8 @@ from byline.report.scores import owners_table
 from byline.settings.notation import is_bar, is_heading, to_abc
 from byline.settings.works import Source, Work, Works
 
+_MANY = {"tune": "tunes", "code": "functions", "text": "answers"}
+_UNSAID = ("<start>", "<end>", "<pad>", "<|im_start|>", "<|im_end|>")
 _FAINT = 0.04  # of the strongest: below it a token is left as it is
 
 
@@ -34,11 +36,14 @@ def works_page(works: Works, path: str | os.PathLike[str], *, title: str, comman
         ModuleNotFoundError: tunes are drawn by verovio, which is not installed.
     """
     tune = works.kind == "tune"
+    many = _MANY[works.kind]
     content = {
         "setting": {"name": title, "description": ""},
-        "verdict": f"{len(works.works)} {'tunes' if tune else 'functions'} that a model made up, and what taught it.",
+        "verdict": f"{len(works.works)} {many} that a model made up, and what taught it.",
         "facts": [("works", str(len(works.works))), ("members", str(works.info.get("members", "not known")))],
         "tune": tune,
+        "one": many.removesuffix("s"),
+        "many": many,
         "works": [_work(number, work, works) for number, work in enumerate(works.works)],
         "owners": owners_table(works.owners),
         "owned_by": works.owned_by,
@@ -121,7 +126,7 @@ def _text(tokens: list[str], parts: np.ndarray, name: str) -> dict[str, Any]:
     spans = []
     for token, part in zip(tokens, parts.tolist(), strict=True):
         weight = abs(part) / largest if largest and np.isfinite(part) else 0.0
-        if token[:1] == "<" and token in ("<start>", "<end>", "<pad>"):
+        if token in _UNSAID:
             continue
         spans.append(
             {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 import byline
 from byline.features import Factorized
 from byline.methods.base import Attributor
+from byline.scores import Scores
 from byline.settings import stdlib, tunes
 from byline.settings.base import Setting
 from byline.settings.corpus import IGNORED
@@ -66,7 +67,7 @@ class Works:
     """Works of one model.
 
     Attributes:
-        kind: "tune" or "code".
+        kind: "tune", "code" or "text".
         works: What was made up.
         owners: The shares of owners, per work and over all.
         owned_by: What an owner is: "collection" or "module".
@@ -97,9 +98,7 @@ def make_up(shop: Workshop, count: int = 4, *, k: int = 3, seed: int = 0) -> Wor
     """
     setting = shop.setting
     if setting.name not in _OWNER or setting.owners is None:
-        raise ValueError(
-            f"setting is {setting.name!r}; expected one of {', '.join(_OWNER)}, whose models make things up"
-        )
+        raise ValueError(f"setting is {setting.name!r}; expected one of {', '.join(_OWNER)}")
     if count < 1 or k < 1:
         raise ValueError(f"count is {count} and k is {k}; expected both to be at least 1")
     model = setting.build()
@@ -114,30 +113,54 @@ def make_up(shop: Workshop, count: int = 4, *, k: int = 3, seed: int = 0) -> Wor
     abouts = [dict(about) for about in setting.owners()[0]]
     found = []
     for n, ids in enumerate(made):
-        order = np.argsort(-scores.values[n], kind="stable")[:k]
-        split = byline.tokens(attributor, works[n], train=[int(i) for i in order])
-        sources = []
-        for place, index in enumerate(split.train):
-            taught = np.zeros(len(ids))
-            taught[split.positions] = split.scores[:, place] / len(split.positions)
-            length = len(split.train_ids[place])
-            sources.append(
-                Source(
-                    int(index),
-                    abouts[index],
-                    words(split.train_ids[place].tolist()),
-                    float(scores.values[n, index]),
-                    float(scores.stderr[n, index]),
-                    split.values[:, place, :length].mean(0),
-                    taught,
-                )
-            )
+        sources = sources_of(attributor, works[n], scores, n, k, abouts, words)
         found.append(Work(words(ids), seed + n, sources))
         shop.tell(f"{n + 1} of {count}: {sources[0].about.get('title') or sources[0].index} leads")
     owned_by = _OWNER[setting.name]
     owned = shares(votes, [str(about[owned_by]) for about in abouts])
     kind = "tune" if setting.name == "tunes-transformer" else "code"
     return Works(kind, found, owned, owned_by, scores.info)
+
+
+def sources_of(
+    attributor: Attributor,
+    work: Mapping[str, Any],
+    scores: Scores,
+    row: int,
+    k: int,
+    abouts: Sequence[Mapping[str, Any]],
+    words: Callable[[Sequence[int]], list[str]],
+) -> list[Source]:
+    """The strongest proponents of a work, token by token.
+
+    Args:
+        attributor: fitted.
+        work: a test example, as `byline.tokens` takes it.
+        scores: of all works.
+        row: the work's among them.
+        k: how many.
+        abouts: what is known of each training sequence.
+        words: ids to the text of each token.
+    """
+    order = np.argsort(-scores.values[row], kind="stable")[:k]
+    split = byline.tokens(attributor, work, train=[int(i) for i in order])
+    sources = []
+    for place, index in enumerate(split.train):
+        taught = np.zeros(len(work["input_ids"]))
+        taught[split.positions] = split.scores[:, place] / len(split.positions)
+        length = len(split.train_ids[place])
+        sources.append(
+            Source(
+                int(index),
+                dict(abouts[index]),
+                words(split.train_ids[place].tolist()),
+                float(scores.values[row, index]),
+                float(scores.stderr[row, index]),
+                split.values[:, place, :length].mean(0),
+                taught,
+            )
+        )
+    return sources
 
 
 def _writer(
