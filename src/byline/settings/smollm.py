@@ -89,12 +89,9 @@ def questions(folder: Path | None = None, modules: Sequence[str] = MODULES) -> l
                 continue
             said = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
             if len(said.split()) in WORDS:
-                about = {
-                    "title": f"{module}.{node.name}",
-                    "module": module,
-                    "file": path.relative_to(folder).as_posix(),
-                }
-                about |= {"first": node.lineno, "last": node.end_lineno}
+                about: dict[str, Any] = {"title": f"{module}.{node.name}", "module": module}
+                about["file"] = path.relative_to(folder).as_posix()
+                about["first"], about["last"] = node.lineno, node.end_lineno
                 found.append(Question(f"What does {module}.{node.name} do in Python?", said, about))
     random.Random(0).shuffle(found)
     return found
