@@ -27,6 +27,7 @@ def on_files(files: Any, config: Any) -> Any:
             kept = f"{path.stem}-{name}"
             text = text.replace(f"]({name})", f"]({kept})")
             files.append(File.generated(config, f"notebooks/{kept}", content=content))
+        text = text.replace("](../docs/", "](../").replace(".ipynb)", ".md)")
         title, _, rest = text.lstrip().partition("\n")
         note = f"[The notebook itself]({path.name}) (`notebooks/{path.name}`); the tests run it."
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=f"{title}\n\n{note}\n{rest}"))
