@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 OUT    ?= runs/demo
 ARGS   ?=
 
-.PHONY: demo test lint types format clean help
+.PHONY: demo test lint types format docs clean help
 
 demo: $(STAMP)  ## Train, attribute, retrain, compare on embedded digits; writes an HTML report (QUICK=1: short form)
 	$(BIN)/byline demo --out $(OUT) $(if $(QUICK),--quick) $(ARGS)
@@ -26,6 +26,9 @@ format: $(STAMP)  ## Mend style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.docs  ## Build the documentation as a site, into site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 # torch first and alone: the constraint keeps the version that everything else was resolved with. The stamp is
 # written last, so that an install which was interrupted is finished by the next call, and a done one is instant.
 $(STAMP): pyproject.toml constraints.txt
@@ -34,8 +37,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	touch $@
 
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	touch $@
+
 clean:  ## Remove what the tools left behind, not the environment and not the runs
-	rm -rf .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf .pytest_cache .mypy_cache .ruff_cache dist site
 	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## List these commands

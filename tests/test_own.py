@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from byline.cli import app
@@ -116,6 +117,22 @@ def test_a_table_is_shown_by_its_cells(table, tmp_path):
     assert "<dt>height</dt>" in page
     assert HOSTILE not in page
     assert "&lt;script&gt;alert(1)" in page
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_tables_of_other_countries(table, tmp_path, separator):
+    other = tmp_path / "other.csv"
+    pd.read_csv(table).to_csv(other, sep=separator, index=False)
+    one, same = read_table(table, "answer"), read_table(other, "answer")
+    assert torch.equal(one.inputs, same.inputs)
+    assert torch.equal(one.labels, same.labels)
+
+
+def test_results_stand_under_the_name_of_what_was_looked_at(photos, table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(photos, "--rows", 2, "--size", 8, "--epochs", 1).exit_code == 0
+    assert run(table, "--label", "answer", "--rows", 2, "--epochs", 1).exit_code == 0
+    assert {path.parent.name for path in tmp_path.glob("runs/mislabels/*/mislabels.csv")} == {photos.name, "answers"}
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,9 @@ def generate(
 def mislabels(
     data: Annotated[Path, typer.Argument(help="A folder with a folder of pictures for each class, or a CSV file.")],
     label: Annotated[str | None, typer.Option(help="The column of a CSV file that holds the labels.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for mislabels.csv and mislabels.html.")] = Path("runs/mislabels"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for mislabels.csv and mislabels.html; runs/mislabels/NAME by default.")
+    ] = None,
     rows: Annotated[int, typer.Option(help="How many suspicious examples.", min=1)] = 50,
     size: Annotated[int, typer.Option(help="Height and width that pictures are brought to.")] = 32,
     epochs: Annotated[int, typer.Option(help="Of the one short training run.", min=1)] = 10,
@@ -241,6 +243,7 @@ def mislabels(
             found_data = own.read_table(data, label)
         console.print(f"{escape(found_data.what)}: training a small model for {epochs} epochs", highlight=False)
         found = own.look_for_mislabels(found_data, rows=rows, epochs=epochs)
+        out = Path("runs/mislabels") / data.resolve().stem if out is None else out
         frame = found.to_dataframe()
         frame.insert(1, "name", [found_data.names[i] for i in found.index])
         frame["evidence"] = [[found_data.names[i] for i in row] for row in found.evidence.indices]
@@ -267,7 +270,9 @@ def mislabels(
         cells = (found_data.names[found.index[row]], str(found.given[row]), str(found.suggested[row]))
         table.add_row(*map(escape, cells), f"{found.suspicion[row] * 100:.1f} %")
     Console().print(table)
-    console.print(f"\nAll {len(found)}: {out / 'mislabels.csv'}; to look at: {page}", highlight=False)
+    if found_data.rows is not None:
+        console.print("\nRow 0 is the first below the header.", highlight=False)
+    console.print(f"\nAll {len(found)}: {out / 'mislabels.csv'}; to look at: {page}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example:  byline serve runs/x --task my_project:served")

@@ -115,13 +115,16 @@ def read_images(folder: str | Path, size: int = 32) -> OwnData:
 
 
 def read_table(path: str | Path, label: str) -> OwnData:
-    """Rows of a CSV file with a header.
+    """Rows of a CSV file with a header, separated by commas, semicolons or tabs.
 
     Numbers are standardised, missing ones take the median; other columns become one column per value, up to 50 values.
 
     Args:
         path: The file.
         label: Name of the column that holds the labels.
+
+    Returns:
+        The rows, called ``row 0`` (the first below the header) and so on.
 
     Raises:
         FileNotFoundError: No such file.
@@ -134,6 +137,10 @@ def read_table(path: str | Path, label: str) -> OwnData:
         raise FileNotFoundError(f"no file at {source}")
     try:
         frame = pd.read_csv(source)
+        for separator in (";", "\t"):
+            # spreadsheets of many countries write no commas: what was read is one column with a long name
+            if len(frame.columns) == 1 and separator in str(frame.columns[0]):
+                frame = pd.read_csv(source, sep=separator)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{source} is no CSV file that can be read: {error}") from None
     if label not in frame.columns:
