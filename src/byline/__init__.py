@@ -7,7 +7,7 @@ run. Importing byline touches neither the network nor the disk.
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
-from byline.ensembles import Dropout, Ensemble, Independent, LoRA, Trajectory, WeightNoise, train_lora
+from byline.ensembles import CrossFit, Dropout, Ensemble, Independent, LoRA, Trajectory, WeightNoise, folds, train_lora
 from byline.evaluate.detection import class_detection, subclass_detection
 from byline.evaluate.lds import LDS, LDSDifference, lds, lds_difference
 from byline.evaluate.loo import leave_one_out, leave_one_out_subsets
@@ -48,6 +48,7 @@ __all__ = [
     "TRAK",
     "Bank",
     "Client",
+    "CrossFit",
     "DVEmb",
     "Dense",
     "Dropout",
@@ -81,6 +82,7 @@ __all__ = [
     "brittleness",
     "class_detection",
     "flip_labels",
+    "folds",
     "lds",
     "lds_difference",
     "leave_one_out",

@@ -1,6 +1,7 @@
 """Ensembles: who votes."""
 
 from byline.ensembles.base import Change, Ensemble, Member, Weights, as_ensemble
+from byline.ensembles.crossfit import CrossFit, folds
 from byline.ensembles.dropout import Dropout
 from byline.ensembles.independent import Independent
 from byline.ensembles.lora import LoRA, train_lora
@@ -9,6 +10,7 @@ from byline.ensembles.trajectory import Trajectory
 
 __all__ = [
     "Change",
+    "CrossFit",
     "Dropout",
     "Ensemble",
     "Independent",
@@ -18,5 +20,6 @@ __all__ = [
     "WeightNoise",
     "Weights",
     "as_ensemble",
+    "folds",
     "train_lora",
 ]
