@@ -113,7 +113,8 @@ class Votes:
 
     def _mean_of_counted(self, share: Array) -> Array:
         """(n_train,) the mean Q over the votes that count; over all of them where a resample has none."""
-        assert self.residuals is not None and self.counted is not None
+        assert self.residuals is not None
+        assert self.counted is not None
         every = (self.weights / self.weights.sum()).astype(np.float32)
         weights = np.stack([part @ self.counted for part in (share, every)])
         sums = np.stack([part @ (self.counted * self.residuals) for part in (share, every)])

@@ -95,7 +95,7 @@ class Attributor(ABC):
         n_train_: number of training examples, after ``fit``.
     """
 
-    residuals: ClassVar[tuple[str, ...]] = ("mean",)
+    residuals: tuple[str, ...] = ("mean",)
     """What the method takes as ``residual=`` beside "auto"."""
     train_side: ClassVar[str] = "loss"
     """Whose gradient is taken at the training example: "output", or "loss" for -∇ℓ."""
@@ -126,9 +126,8 @@ class Attributor(ABC):
         ):
             raise ValueError(f"damping is {damping!r}; expected 'auto' or a finite number of at least 0")
         if residual not in ("auto", *self.residuals):
-            raise ValueError(
-                f"residual is {residual!r}; {type(self).__name__} takes {', '.join(map(repr, ('auto', *self.residuals)))}"
-            )
+            known = ", ".join(map(repr, ("auto", *self.residuals)))
+            raise ValueError(f"residual is {residual!r}; {type(self).__name__} takes {known}")
         self.task = task if params is None else task.choosing(params)
         self.ensemble = as_ensemble(ensemble)
         self.features = Exact() if features is None else features
@@ -481,7 +480,9 @@ class Attributor(ABC):
         self._common = None
         if self.residual == "sqrt":
             for voter in self._voters:
-                voter.made, voter.residual_variance = _averaged(voter.members, residuals.root(self._residuals_of(voter)))
+                voter.made, voter.residual_variance = _averaged(
+                    voter.members, residuals.root(self._residuals_of(voter))
+                )
         if self.residual not in ("in-sample", "out-of-sample"):
             return
         unseen = torch.stack([voter.member.unseen(self.n_train_) for voter in self._voters])
@@ -633,8 +634,8 @@ class Attributor(ABC):
                 )
         if self.residual in ("sqrt", "in-sample", "out-of-sample") and self._of != "output":
             raise ValueError(
-                f"residual is {self.residual!r}, which {type(self).__name__} can give where the loss is that of a named "
-                "output whose gradient is Q times the output's (classification, regression); expected 'auto'"
+                f"residual is {self.residual!r}, which {type(self).__name__} can give where the loss is that of a "
+                "named output whose gradient is Q times the output's (classification, regression); expected 'auto'"
             )
         if self.residual not in ("in-sample", "out-of-sample"):
             return
@@ -644,8 +645,8 @@ class Attributor(ABC):
             which = "left out by no member" if self.residual == "out-of-sample" else "trained on by no member"
             raise ValueError(
                 f"residual is {self.residual!r}, and {int(lacking.sum())} of {n_train} training examples are {which} "
-                f"(the first is {int(lacking.nonzero()[0])}); expected an ensemble such as byline.CrossFit(checkpoints, "
-                "byline.folds(n_train))"
+                f"(the first is {int(lacking.nonzero()[0])}); expected an ensemble such as "
+                "byline.CrossFit(checkpoints, byline.folds(n_train))"
             )
 
     def _check_model(self) -> None:

@@ -85,7 +85,7 @@ class Influence(Attributor):
             store keeps the factors of the curvature too.
     """
 
-    residuals = ("mean", "in-sample", "out-of-sample", "sqrt")
+    residuals: tuple[str, ...] = ("mean", "in-sample", "out-of-sample", "sqrt")
 
     def __init__(
         self,

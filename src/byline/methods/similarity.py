@@ -18,7 +18,7 @@ from byline.methods.streaming import Query
 class GradDot(Attributor):
     """Inner products of the output's gradient with the negated loss gradient, under any ensemble."""
 
-    residuals = ("mean", "in-sample", "out-of-sample", "sqrt")
+    residuals: tuple[str, ...] = ("mean", "in-sample", "out-of-sample", "sqrt")
     _times_residual = True
 
     def _streams(self, voter: Voter) -> bool:

@@ -30,7 +30,6 @@ from byline.methods.ridge import Ridge
 from byline.methods.streaming import Query
 from byline.task import Task
 
-
 HESSIANS = ("unweighted", "weighted")
 
 
