@@ -6,6 +6,7 @@ from byline.ensembles.dropout import Dropout
 from byline.ensembles.independent import Independent
 from byline.ensembles.lora import LoRA, train_lora
 from byline.ensembles.noise import WeightNoise
+from byline.ensembles.recorder import Recorder
 from byline.ensembles.trajectory import Trajectory
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Independent",
     "LoRA",
     "Member",
+    "Recorder",
     "Trajectory",
     "WeightNoise",
     "Weights",

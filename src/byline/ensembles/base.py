@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from byline import batches
+from byline.ledger import Cost
 
 StateDict = dict[str, Tensor]
 
@@ -198,6 +199,8 @@ class Ensemble(ABC):
 
     kind: str = "ensemble"
     """What the literature calls it, in results and in the reports."""
+    cost: Cost | None = None
+    """What training its models cost, where `byline.train_ensemble` made it."""
 
     @abstractmethod
     def members(self) -> list[Member]:
