@@ -41,6 +41,7 @@ from common import ROOT, environment, table
 
 FORMAT = 1
 CHOSEN_ON = ("digits-mlp",)
+PUBLISHED = ROOT / "src" / "byline" / "settings" / "measured"
 ADAPTERS = {"rank": 8, "epochs": 3, "lr": 1e-3}
 
 
@@ -125,6 +126,9 @@ STRATEGIES = (
     Strategy("short halves 2, 5 checkpoints each", 2, "short", 5, parts=2),
     Strategy("short halves 6, 3 checkpoints each", 6, "short", 3, parts=2),
     Strategy("snapshots, 5 cycles of a full run", 1, cycles=5),
+    Strategy("1 short run, 128 columns", 1, "short", columns=128),
+    Strategy("1 short run, 256 columns", 1, "short", columns=256),
+    Strategy("5 checkpoints of a short run, 128 columns", 1, "short", 5, columns=128),
     Strategy("5 checkpoints of a short run, 512 columns", 1, "short", 5, columns=512),
     Strategy("5 checkpoints of a short run, 1024 columns", 1, "short", 5, columns=1024),
 )
@@ -414,6 +418,7 @@ def summary(out: Path) -> dict[str, Any]:
         strategy = Strategy(**records[0]["strategy"])
         refused = next((r["refused"] for r in records if "refused" in r), None)
         row: dict[str, Any] = {"name": name, "kind": strategy.kind, "paper": strategy.paper, "refused": refused}
+        row["strategy"] = asdict(strategy)
         if refused is None:
             row |= {
                 "seeds": len(records),
@@ -435,8 +440,15 @@ def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values)
 
 
-def report(out: Path, setting_name: str, ceiling: float | None) -> None:
-    """The table, ``frontier.json`` and the Pareto fronts, ``frontier.html``."""
+def report(out: Path, setting_name: str, ceiling: float | None, output: str | None = None) -> None:
+    """The table, ``frontier.json`` and the Pareto fronts, ``frontier.html``.
+
+    Args:
+        out: Where the records are.
+        setting_name: Of what.
+        ceiling: The bank's.
+        output: The setting's output, to keep the result in the package.
+    """
     result = summary(out)
     role = "defaults are CHOSEN on it" if setting_name in CHOSEN_ON else "defaults are JUDGED on it"
     result |= {"format": FORMAT, "setting": setting_name, "role": role, "ceiling": ceiling}
@@ -460,8 +472,16 @@ def report(out: Path, setting_name: str, ceiling: float | None) -> None:
         if row["refused"] is not None:
             print(f"refused: {row['name']}: {row['refused']}")
     save_json(out / "frontier.json", result)
+    if output is not None:
+        # what `byline recommend` goes by; a shipped figure has three digits
+        kept = {**result, "output": output, "environment": environment()}
+        save_json(PUBLISHED / f"{setting_name}.json", json.loads(json.dumps(kept), parse_float=_rounded))
     plot(out / "frontier.html", setting_name, rows, ceiling)
     print(f"\nwritten to {out / 'frontier.json'} and {out / 'frontier.html'}")
+
+
+def _rounded(text: str) -> float:
+    return float(f"{float(text):.4g}")
 
 
 def _cell(values: Sequence[float]) -> str:
@@ -523,6 +543,7 @@ def main() -> None:
     parser.add_argument("--hessians", nargs="*", default=["unweighted", "weighted"])
     parser.add_argument("--other-bank", action="store_true", help="a second ground truth beside the setting's own")
     parser.add_argument("--again", action="store_true", help="make records that are there again")
+    parser.add_argument("--publish", action="store_true", help="keep the result in the package, for byline recommend")
     parser.add_argument("--table", action="store_true", help="only show what is there")
     options = parser.parse_args()
     out = options.out or ROOT / "runs" / "frontier" / options.setting
@@ -532,7 +553,8 @@ def main() -> None:
     shop = Workshop(setting, out, lambda sentence: None, progress=False)
     path = out / f"bank-{shop.key(part='bank', recipe=asdict(setting.bank_recipe))}.safetensors"
     ceiling = noise_ceiling(byline.Bank.load(path))[1] if path.exists() else None
-    report(out, options.setting, None if ceiling is None or math.isnan(ceiling) else ceiling)
+    output = setting.task().name if options.publish else None
+    report(out, options.setting, None if ceiling is None or math.isnan(ceiling) else ceiling, output)
 
 
 if __name__ == "__main__":
