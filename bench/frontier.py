@@ -6,9 +6,9 @@
 Each strategy and seed is a JSON file under ``<out>/records``; what is there is not made again, so the script may be
 killed at any time. Trained models and the bank lie beside them. ``--table`` reads the records alone.
 
-Defaults are CHOSEN on digits-mlp and on the small cases of ``bench/damping.py``; all other settings JUDGE them, and
-nothing of the library is to be set after a look at those. ``--other-bank`` holds the same scores against a second
-ground truth too: subsets of a quarter instead of a half, other seeds.
+Defaults are CHOSEN on digits-mlp, and on cancer-mlp and diabetes-mlp of ``bench/damping.py``, which ``--setting`` takes
+too; all other settings JUDGE them, and nothing of the library is to be set after a look at those. ``--other-bank``
+holds the same scores against a second ground truth too: subsets of a quarter instead of a half, other seeds.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from byline.ledger import Cost, Ledger, human_bytes, human_flops
 from byline.methods import residuals
 from byline.methods.mean import RunningMean
 from byline.report.plots import pareto_front
+from byline.settings.base import Setting
 from byline.settings.bench import plain
 from byline.settings.workshop import Workshop, save_json
 from byline.training.data import derive
@@ -40,7 +41,7 @@ from byline.training.ensembles import spaced
 from common import ROOT, environment, table
 
 FORMAT = 1
-CHOSEN_ON = ("digits-mlp",)
+CHOSEN_ON = ("digits-mlp", "cancer-mlp", "diabetes-mlp")
 PUBLISHED = ROOT / "src" / "byline" / "settings" / "measured"
 ADAPTERS = {"rank": 8, "epochs": 3, "lr": 1e-3}
 
@@ -532,6 +533,16 @@ def plot(path: Path, name: str, rows: list[dict[str, Any]], ceiling: float | Non
     figure.write_html(path, include_plotlyjs=True)
 
 
+def setting_of(name: str) -> Any:
+    """A setting of the library, or a case of ``bench/damping.py``."""
+    from damping import cases
+
+    if name in settings.names() or name not in cases():
+        return settings.get(name)
+    load, build, recipe, output = cases()[name]
+    return Setting(name, "a case of bench/damping.py", load, build, recipe, output=output)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", default="digits-mlp")
@@ -547,7 +558,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only show what is there")
     options = parser.parse_args()
     out = options.out or ROOT / "runs" / "frontier" / options.setting
-    setting = settings.get(options.setting)
+    setting = setting_of(options.setting)
     if not options.table:
         run(options, setting, out)
     shop = Workshop(setting, out, lambda sentence: None, progress=False)
