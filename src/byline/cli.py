@@ -289,8 +289,9 @@ def recommend_ensemble(
         typer.secho(f"{one.strategy}, hessian={one.hessian!r}, residual={one.residual!r}", bold=True)
         typer.echo(
             f"  LDS {one.low:.2f} to {one.high:.2f} on {', '.join(one.settings)}, {one.share:.0%} of the noise "
-            f"ceiling; {one.trainings:.2g} trainings; serving {one.serving:.2g} and space {one.space:.2g} of five "
-            "independent models"
+            f"ceiling; training {one.trainings:.2g} of a model's; serving {one.serving:.2g} and space {one.space:.2g} "
+            "of five independent models'\n"
+            f"  {one.reason}\n"
         )
         typer.echo("".join(f"    {line}\n" for line in one.code.splitlines()))
 

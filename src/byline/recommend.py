@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from statistics import fmean
 from typing import Any
@@ -38,6 +38,7 @@ class Advice:
         high: The highest.
         settings: What it was measured on.
         code: How it is made.
+        reason: Why it is named.
     """
 
     strategy: str
@@ -51,6 +52,7 @@ class Advice:
     high: float
     settings: tuple[str, ...]
     code: str
+    reason: str = ""
 
 
 def measured() -> dict[str, dict[str, Any]]:
@@ -122,7 +124,14 @@ def recommend(
         raise ValueError(f"budget is {dict(limits)}, and nothing measured is within it; the least there is: {least}")
     # of one strategy its best variant alone
     best = {a.strategy: a for a in sorted(within, key=lambda a: a.share)}
-    return sorted(best.values(), key=lambda a: -a.share)[:count]
+    ranked = sorted(best.values(), key=lambda a: -a.share)
+    # the paper's baseline as the paper has it
+    plain = [a.share for a in within if a.strategy.startswith("independent") and a.code.count('"') == 0]
+    beside = f"independent models alone reach {max(plain):.0%}" if plain else "independent models are beyond it"
+    return [
+        replace(a, reason=f"number {place} of {len(ranked)} strategies within the budget; {beside}")
+        for place, a in enumerate(ranked[:count], 1)
+    ]
 
 
 def _like(task: Task, every: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
