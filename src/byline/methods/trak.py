@@ -7,9 +7,9 @@ Over members m, with φ the gradient of the output and Q the residual:
 λ_m = damping × mean_i ‖φ_m(i)‖². With fewer columns than examples the (k, k) matrix is solved against, otherwise
 ``φ(z)ᵀ (ΦᵀΦ + λI)⁻¹ Φᵀ = k(z, ·) (K + λI)⁻¹``: the same numbers.
 
-The Hessian of a logistic loss in the margin is ``ΦᵀWΦ``, W = diag Q (1 - Q). TRAK leaves W out ("we find that it has
-little effect", section 3.2), which is the default here too; ``hessian="weighted"`` keeps it. Then the rows of Φ in the
-second moment are multiplied by S = √W, and in the dual the solution is ``k(z, ·) S (S K S + λI)⁻¹ S⁻¹``.
+The Hessian of a logistic loss in the margin is ``ΦᵀWΦ``, W = diag Q (1 - Q). TRAK's estimator leaves W out, which is
+the default here too; ``hessian="weighted"`` keeps it. Then the rows of Φ in the second moment are multiplied by S = √W,
+and in the dual the solution is ``k(z, ·) S (S K S + λI)⁻¹ S⁻¹``.
 """
 
 from __future__ import annotations
