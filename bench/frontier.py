@@ -331,7 +331,9 @@ def run(options: argparse.Namespace, setting: Any, out: Path) -> None:
         print(f"{time.strftime('%H:%M:%S')}  {sentence}", flush=True)
 
     shop = Workshop(setting, out, tell, progress=False)
-    truths = [shop.bank(setting.bank_recipe)]
+    recipe = setting.bank_recipe
+    tell(f"{setting.name}: the bank first, {recipe.subsets * recipe.seeds} models, found or trained; parts are kept")
+    truths = [shop.bank(recipe)]
     if options.other_bank:
         truths.append(shop.bank(other_recipe(setting)))
     asked = {"format": FORMAT, "hessians": options.hessians, "banks": len(truths)}
