@@ -173,6 +173,7 @@ def test_options_out_of_range_are_named(options, said):
         (byline.TRAK, {"features": byline.Exact()}),
         (byline.TRAK, {"features": byline.Nystrom(6)}),
         (byline.TRAK, {"ensemble": "forward-only"}),
+        (byline.TRAK, {"hessian": "weighted", "residual": "leave-one-out"}),
         (byline.GradCos, {"features": byline.Factorized(6, "pca")}),
         (byline.Influence, {"solver": "ekfac"}),
         (byline.TrackStar, {}),

@@ -7,7 +7,18 @@ run. Importing byline touches neither the network nor the disk.
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
-from byline.ensembles import Dropout, Ensemble, Independent, LoRA, Trajectory, WeightNoise, train_lora
+from byline.ensembles import (
+    CrossFit,
+    Dropout,
+    Ensemble,
+    Independent,
+    LoRA,
+    Recorder,
+    Trajectory,
+    WeightNoise,
+    folds,
+    train_lora,
+)
 from byline.evaluate.detection import class_detection, subclass_detection
 from byline.evaluate.lds import LDS, LDSDifference, lds, lds_difference
 from byline.evaluate.loo import leave_one_out, leave_one_out_subsets
@@ -35,7 +46,7 @@ from byline.methods import (
 from byline.scores import Ranking, Scores
 from byline.task import Task
 from byline.tokens import TokenScores, tokens
-from byline.training import Recipe, Trainer, train_many
+from byline.training import Recipe, Trainer, train_ensemble, train_many
 from byline.votes import Votes
 
 if TYPE_CHECKING:
@@ -48,6 +59,7 @@ __all__ = [
     "TRAK",
     "Bank",
     "Client",
+    "CrossFit",
     "DVEmb",
     "Dense",
     "Dropout",
@@ -67,6 +79,7 @@ __all__ = [
     "Random",
     "Ranking",
     "Recipe",
+    "Recorder",
     "RepresentationSimilarity",
     "RepresenterPoints",
     "Scores",
@@ -81,6 +94,7 @@ __all__ = [
     "brittleness",
     "class_detection",
     "flip_labels",
+    "folds",
     "lds",
     "lds_difference",
     "leave_one_out",
@@ -92,6 +106,7 @@ __all__ = [
     "subclass_detection",
     "tokens",
     "topk_overlap",
+    "train_ensemble",
     "train_lora",
     "train_many",
 ]

@@ -316,6 +316,45 @@ def list_methods(as_json: AsJson = False) -> None:
     _list({info.name: f"{info.title}: {info.description} ({info.citation})" for info in methods()}, False)
 
 
+@app.command("recommend", epilog="Example:  byline recommend digits-mlp --budget trainings=1,serving=0.1")
+def recommend_ensemble(
+    what: Annotated[str, typer.Argument(help="A measured setting, or module:object of a byline.Task.")],
+    limits: Annotated[
+        str,
+        typer.Option(
+            "--budget",
+            help="trainings=… (of one model), serving=… and space=… (of what five independent models take).",
+        ),
+    ] = "trainings=1",
+    count: Annotated[int, typer.Option(help="How many to name.", min=1)] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Which ensemble to use for a budget, what LDS to expect of it, and how it is made: from measurements."""
+    from dataclasses import asdict
+
+    from byline.names import named
+    from byline.recommend import budget, recommend
+
+    with _one_sentence():
+        asked = what
+        if ":" in what:
+            found = named(what, "the argument")
+            asked = found() if callable(found) else found
+        advice = recommend(asked, budget(limits), count)
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in advice], ensure_ascii=False))
+        return
+    for one in advice:
+        typer.secho(f"{one.strategy}, hessian={one.hessian!r}, residual={one.residual!r}", bold=True)
+        typer.echo(
+            f"  LDS {one.low:.2f} to {one.high:.2f} on {', '.join(one.settings)}, {one.share:.0%} of the noise "
+            f"ceiling; training {one.trainings:.2g} of a model's; serving {one.serving:.2g} and space {one.space:.2g} "
+            "of five independent models'\n"
+            f"  {one.reason}\n"
+        )
+        typer.echo("".join(f"    {line}\n" for line in one.code.splitlines()))
+
+
 def _where_to_work(engine: str | None, address: str | None) -> Any:
     """The engine of --engine and --address."""
     if engine in (None, "local") and address is None:

@@ -174,6 +174,11 @@ class Task:
         return self._loss is None and not isinstance(self._output, _Called)
 
     @property
+    def own_residual(self) -> bool:
+        """Whether the residual is the caller's callable."""
+        return self._residual is not None
+
+    @property
     def loss_follows_output(self) -> bool:
         """Whether -∇ℓ = Q ∇f holds exactly, so that one stored gradient serves both sides of every method."""
         return self._loss is None and self._residual is None and self._output.loss_follows_output

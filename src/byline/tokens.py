@@ -199,7 +199,7 @@ class _Split:
         attributor, shape = self.attributor, tuple(votes[0].shape)
         mean = RunningMean(lambda: np.zeros(shape, np.float32), attributor._with_residuals)
         for voter, vote in zip(attributor._voters, votes, strict=True):
-            mean.begin(voter.weight, voter.residual[place].expand(shape[1]))
+            attributor._begin(mean, voter, slice(place, place + 1), shape[1])
             mean.add(0, shape[0], vote)
         return attributor._finish(mean, slice(place, place + 1))
 

@@ -57,6 +57,7 @@ class Votes:
         scale: What the weighted mean is multiplied by (TracIn's sum over a run).
         info: How they came about; JSON, as that of `byline.Scores`.
         carried: (votes, n_train) Q, where a vote's columns are multiplied by it already (GradDot), else None.
+        counted: (votes, n_train) bool, whether a vote counts in the mean of Q; None where all do.
     """
 
     values: Array
@@ -66,6 +67,7 @@ class Votes:
     scale: float = 1.0
     info: dict[str, Any] = field(default_factory=dict, repr=False)
     carried: Array | None = None
+    counted: Array | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -106,8 +108,17 @@ class Votes:
             if part:
                 found += part * own[tests]
         if self.residuals is not None:
-            found *= share @ self.residuals
+            found *= share @ self.residuals if self.counted is None else self._mean_of_counted(share)
         return found * np.float32(self.scale) if self.scale != 1 else found
+
+    def _mean_of_counted(self, share: Array) -> Array:
+        """(n_train,) the mean Q over the votes that count; over all of them where a resample has none."""
+        assert self.residuals is not None
+        assert self.counted is not None
+        every = (self.weights / self.weights.sum()).astype(np.float32)
+        weights = np.stack([part @ self.counted for part in (share, every)])
+        sums = np.stack([part @ (self.counted * self.residuals) for part in (share, every)])
+        return np.where(weights[0] > 0, sums[0] / np.maximum(weights[0], 1e-30), sums[1] / weights[1])
 
     def kernel(self) -> Array:
         """(n_test, n_train) float32: the mean without Q, in methods that have one: how alike two examples are.
@@ -195,7 +206,7 @@ class Collected:
         self.weights: list[float] = []
         self.residuals: list[Array] = []
 
-    def begin(self, weight: float, residual: Any) -> None:
+    def begin(self, weight: float, residual: Any, counted: Any = None, deviation: Any = None) -> None:
         """The next voter, before its blocks."""
         self.weights.append(weight)
         if self.with_residuals:
@@ -205,7 +216,14 @@ class Collected:
         """This voter's rows ``start`` to ``stop``."""
         self.values[len(self.weights) - 1, start:stop] = block.detach().cpu().numpy()
 
-    def votes(self, models: Sequence[str], scale: float, carried: Array | None, info: dict[str, Any]) -> Votes:
+    def votes(
+        self,
+        models: Sequence[str],
+        scale: float,
+        carried: Array | None,
+        info: dict[str, Any],
+        counted: Array | None = None,
+    ) -> Votes:
         """All of them, once they are there."""
         numbers = {name: number for number, name in enumerate(dict.fromkeys(models))}
         return Votes(
@@ -215,5 +233,6 @@ class Collected:
             models=np.array([numbers[name] for name in models]),
             scale=scale,
             carried=carried,
+            counted=counted,
             info=info,
         )

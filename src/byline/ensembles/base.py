@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from byline import batches
+from byline.ledger import Cost
 
 StateDict = dict[str, Tensor]
 
@@ -142,6 +144,8 @@ class Member:
     """Its share in a weighted mean; the step size of a checkpoint for TracIn."""
     weighted: bool = False
     run: int = 0
+    trained_on: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """Sorted positions in the training set that its weights were trained on; None for all of them."""
     _ids: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def identity(self, of: str) -> str:
@@ -157,6 +161,13 @@ class Member:
         if of == "gradient" and self.gradient_changes is not None:
             return self.gradient_changes
         return self.changes
+
+    def unseen(self, length: int) -> Tensor:
+        """(length,) bool: the training examples that it was not trained on."""
+        out = torch.full((length,), self.trained_on is not None)
+        if self.trained_on is not None:
+            out[torch.from_numpy(self.trained_on)] = False
+        return out
 
     @contextmanager
     def applied(self, model: nn.Module, of: str) -> Iterator[nn.Module]:
@@ -188,6 +199,8 @@ class Ensemble(ABC):
 
     kind: str = "ensemble"
     """What the literature calls it, in results and in the reports."""
+    cost: Cost | None = None
+    """What training its models cost, where `byline.train_ensemble` made it."""
 
     @abstractmethod
     def members(self) -> list[Member]:

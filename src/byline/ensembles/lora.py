@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
+from torch.utils.data import Subset, default_collate
 
 from byline import batches
 from byline.ensembles.base import Change, Ensemble, Member, Weights, as_ensemble, check_count, check_seed
@@ -291,7 +291,8 @@ def train_lora(
     Args:
         task: its loss is minimised; the model's own weights stay as they are.
         base: the trained models.
-        train_set: map-style dataset of the training examples.
+        train_set: map-style dataset of the training examples; each model's adapters are trained on those that the model
+            was trained on (`byline.CrossFit`).
         adapters: L, per trained model; they differ in initialisation and in the order of the examples.
         rank: of the adapters.
         seed: of all of it; a list gives each of the L adapters its own.
@@ -347,7 +348,9 @@ def train_lora(
             raise ValueError(f"{member.name} is not a plain trained model; train adapters on Independent or Trajectory")
         key = (keys[number][0], index, keys[number][1])
         make = default_collate if collate is None else collate
-        rows[index].append(_train_one(task, member.weights, data, config, key, epochs, lr, batch_size, make))
+        # an adapter must not see what its model was kept from
+        own = data if member.trained_on is None else Subset(data, member.trained_on.tolist())
+        rows[index].append(_train_one(task, member.weights, own, config, key, epochs, lr, batch_size, make))
     return LoRA(base, rows)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, overload
@@ -22,7 +22,7 @@ from byline.ensembles.base import Ensemble, Member, as_ensemble, check_count
 from byline.features import Exact, Features
 from byline.features.base import Products, Rows, State
 from byline.ledger import Ledger
-from byline.methods import scan, streaming
+from byline.methods import residuals, scan, streaming
 from byline.methods.mean import RunningMean
 from byline.methods.streaming import Query
 from byline.methods.voting import Block, Voting
@@ -49,9 +49,17 @@ class Voter:
     member: Member
     weight: float
     residual: Tensor
-    """(n_train,) the mean Q of these members."""
+    """(n_train,) the mean Q of these members, as it is."""
     residual_variance: Tensor | None
-    """(n_train,) the squared standard error of that mean; None for one member."""
+    """(n_train,) the squared standard error of the mean that scores carry; None for one member."""
+    members: tuple[Member, ...] = ()
+    """All of them."""
+    made: Tensor | None = None
+    """(n_train,) what scores carry in place of the mean Q; None for the mean itself."""
+    counted: Tensor | None = None
+    """(n_train,) bool: whether these members count in the mean of Q; None where all members do."""
+    deviation: Tensor | None = None
+    """(n_train,) where they count, their weight times Q less its mean over members; given with ``counted``."""
 
 
 class Attributor(ABC):
@@ -63,6 +71,16 @@ class Attributor(ABC):
         features: how gradients become rows; `Exact` by default.
         damping: λ relative to the mean squared norm of the rows, or ``"auto"``. Methods without curvature ignore it.
         params: which parameters count, instead of the task's own choice (see `byline.Task`).
+        residual: whose Q scores carry, and what is made of it, where a method has one (TRAK, and those that take the
+            training gradient of a named output for what it is, ``-∇ℓ = Q ∇f``):
+
+            - "auto": "mean".
+            - "mean": that of every member, as it is; under `byline.CrossFit` the mean of those that were trained on
+              the example and of those that were not, which `docs/frontier-theory.md` derives.
+            - "in-sample", "out-of-sample": of the members that were, or were not, trained on the example.
+            - "leave-one-out" (TRAK alone): what Q would be had the member not been trained on the example, to first
+              order, from the leverage of the example in the member's own kernel; no training.
+            - "sqrt": ``sign(Q) √|Q|`` of every member, for classifiers that have learnt their training set by heart.
         store: a folder in which everything computed is kept and found again; None keeps it in memory.
         batch_size: examples per batch; scores do not depend on it beyond rounding.
         collate: makes a batch of a list of items; the training set's own ``collate_fn`` where it has one (as
@@ -77,6 +95,8 @@ class Attributor(ABC):
         n_train_: number of training examples, after ``fit``.
     """
 
+    residuals: tuple[str, ...] = ("mean",)
+    """What the method takes as ``residual=`` beside "auto"."""
     train_side: ClassVar[str] = "loss"
     """Whose gradient is taken at the training example: "output", or "loss" for -∇ℓ."""
 
@@ -88,6 +108,7 @@ class Attributor(ABC):
         features: Features | None = None,
         damping: float | str = "auto",
         params: ParamFilter | None = None,
+        residual: str = "auto",
         store: str | Path | None = None,
         batch_size: int = 256,
         collate: Collate | None = None,
@@ -104,10 +125,14 @@ class Attributor(ABC):
             not isinstance(damping, int | float) or isinstance(damping, bool) or not 0 <= damping < float("inf")
         ):
             raise ValueError(f"damping is {damping!r}; expected 'auto' or a finite number of at least 0")
+        if residual not in ("auto", *self.residuals):
+            known = ", ".join(map(repr, ("auto", *self.residuals)))
+            raise ValueError(f"residual is {residual!r}; {type(self).__name__} takes {known}")
         self.task = task if params is None else task.choosing(params)
         self.ensemble = as_ensemble(ensemble)
         self.features = Exact() if features is None else features
         self.damping = damping
+        self.residual = "mean" if residual == "auto" else residual
         self.batch_size = check_count(batch_size, "batch_size")
         self.collate: Collate = default_collate if collate is None else collate
         self.device = device
@@ -136,6 +161,7 @@ class Attributor(ABC):
         self.collate = batches.collate_of(data, self.collate)
         self._check_model()
         self._check_size(len(data))
+        self._check_residual(len(data))
         with phase(self.ledger, "fitting"), self.store.session():
             if self.store.place is None and self._train_set is not None and data is not self._train_set:
                 self.store = Store(None)
@@ -151,6 +177,7 @@ class Attributor(ABC):
             self._let_go()
             self._write()
             self._voters = self._gather()
+            self._choose_residuals()
             self._prepare()
         return self
 
@@ -205,8 +232,10 @@ class Attributor(ABC):
         models = [voter.member.weights.digest() for voter in self._voters]
         carried = None
         if self._times_residual and self._of == "output":
-            carried = torch.stack([voter.residual for voter in self._voters]).numpy()
-        return found.votes(models, self._scale(), carried, self.info())
+            carried = torch.stack([self._q(voter) for voter in self._voters]).numpy()
+        counted = [voter.counted for voter in self._voters if voter.counted is not None]
+        only = torch.stack(counted).numpy() if counted and self._with_residuals else None
+        return found.votes(models, self._scale(), carried, self.info(), only)
 
     def top(self, test_set: Any, k: int = 10) -> Ranking:
         """The strongest proponents and opponents of every test example, without a matrix (n_test, n_train).
@@ -289,6 +318,7 @@ class Attributor(ABC):
             "ensemble": repr(self.ensemble),
             "members": len(self.ensemble),
             "features": repr(self.features),
+            **({"residual": self.residual} if self.residual != "mean" else {}),
         }
 
     def __repr__(self) -> str:
@@ -300,6 +330,9 @@ class Attributor(ABC):
     _held_states: dict[str, State]
     _held_norms: dict[str, Tensor]
     """What is kept in memory of the store, by member: rows, what features learnt, squared norms."""
+
+    _common: Tensor | None = None
+    """(n_train,) the mean Q over the members that count, where not all do."""
 
     _with_residuals = False
     """Whether members vote on Q and on the kernel apart (TRAK)."""
@@ -359,7 +392,7 @@ class Attributor(ABC):
             place = pieces[number][0]
             if place not in begun:
                 begun.add(place)
-                mean.begin(self._voters[place].weight, self._voters[place].residual)
+                self._begin(mean, self._voters[place])
             for start, stop, votes in blocks:
                 mean.add(start, stop, votes)
 
@@ -367,6 +400,20 @@ class Attributor(ABC):
         with bar(steps, "scores" if job else "self-influence", self.progress) as advance:
             engine.run(voting, [pieces], take, advance, ordered=True)
         return mean
+
+    def _begin(self, mean: RunningMean | Collected, voter: Voter, place: slice = slice(None), width: int = 0) -> None:
+        """A member's turn in a mean over members of the training examples at ``place``.
+
+        Args:
+            mean: is told.
+            voter: the member.
+            place: which training examples its blocks are about.
+            width: columns of a block where they are parts of one training example; 0 where they are examples.
+        """
+        found = [self._q(voter), voter.counted, voter.deviation]
+        parts = [None if t is None else t[place].expand(width) if width else t[place] for t in found]
+        assert parts[0] is not None
+        mean.begin(voter.weight, parts[0], parts[1], parts[2])
 
     def _let_go(self) -> None:
         """Keep nothing of the store in memory."""
@@ -417,6 +464,34 @@ class Attributor(ABC):
     def _of(self) -> str:
         # where -∇ℓ = Q ∇f, one stored gradient serves every method
         return "output" if self.train_side == "output" or self.task.loss_follows_output else "loss"
+
+    def _q(self, voter: Voter) -> Tensor:
+        """(n_train,) what scores carry of these members' Q."""
+        if self._common is not None and not self._with_residuals:
+            return self._common
+        return voter.residual if voter.made is None else voter.made
+
+    def _vote_scale(self, voter: Voter) -> Tensor | None:
+        """(n_train,) what products with stored rows are multiplied by to become votes; None for nothing."""
+        return None if self._loss_scale(voter) is None else self._q(voter)
+
+    def _choose_residuals(self) -> None:
+        """Whose Q counts, where not everybody's does."""
+        self._common = None
+        if self.residual == "sqrt":
+            for voter in self._voters:
+                voter.made, voter.residual_variance = _averaged(
+                    voter.members, residuals.root(self._residuals_of(voter))
+                )
+        if self.residual not in ("in-sample", "out-of-sample"):
+            return
+        unseen = torch.stack([voter.member.unseen(self.n_train_) for voter in self._voters])
+        counted = unseen if self.residual == "out-of-sample" else ~unseen
+        weights = torch.tensor([voter.weight for voter in self._voters]).unsqueeze(1) * counted
+        every = torch.stack([voter.residual for voter in self._voters])
+        self._common = (weights * every).sum(0) / weights.sum(0)
+        for voter, own, weight in zip(self._voters, counted, weights, strict=True):
+            voter.counted, voter.deviation = own, weight * (voter.residual - self._common)
 
     def _loss_scale(self, voter: Voter) -> Tensor | None:
         """(n_train,) what stored rows are multiplied by to become -∇ℓ; None if they are that already."""
@@ -514,19 +589,15 @@ class Attributor(ABC):
             groups.setdefault(member.identity("gradient"), []).append(member)
         voters = []
         for members in groups.values():
-            found = [self.store.vector("residual", m.identity("residual")) for m in members]
-            residuals = torch.stack([r for r in found if r is not None])
-            weights = torch.tensor([m.weight for m in members])
-            total = float(weights.sum())
-            share = weights / total if total else torch.full_like(weights, 1 / len(weights))
-            mean = (share.unsqueeze(1) * residuals).sum(0)
-            variance = None
-            if len(members) > 1:
-                squares = float(share.square().sum())
-                spread = (share.unsqueeze(1) * (residuals - mean).square()).sum(0)
-                variance = spread * squares / max(1 - squares, 1e-12)
-            voters.append(Voter(members[0], total, mean, variance))
+            voter = Voter(members[0], sum(m.weight for m in members), torch.empty(0), None, tuple(members))
+            voter.residual, voter.residual_variance = _averaged(members, self._residuals_of(voter))
+            voters.append(voter)
         return voters
+
+    def _residuals_of(self, voter: Voter) -> Tensor:
+        """(members, n_train) the Q of each of these members."""
+        found = [self.store.vector("residual", m.identity("residual")) for m in voter.members]
+        return torch.stack([r for r in found if r is not None])
 
     def _shared(self) -> set[str]:
         """Digests of stored arrays that several members have."""
@@ -551,6 +622,33 @@ class Attributor(ABC):
                 "training example carries the residual; use forward_only=False"
             )
 
+    def _check_residual(self, n_train: int) -> None:
+        """Refuse members that do not know the training set's examples, and a Q that they cannot give."""
+        members = self.ensemble.members()
+        for member in members:
+            last = -1 if member.trained_on is None else int(member.trained_on[-1])
+            if last >= n_train:
+                raise ValueError(
+                    f"{member.name} was trained on the example at {last}, and the training set has {n_train}; expected "
+                    "positions in the training set that fit() is given"
+                )
+        if self.residual in ("sqrt", "in-sample", "out-of-sample") and self._of != "output":
+            raise ValueError(
+                f"residual is {self.residual!r}, which {type(self).__name__} can give where the loss is that of a "
+                "named output whose gradient is Q times the output's (classification, regression); expected 'auto'"
+            )
+        if self.residual not in ("in-sample", "out-of-sample"):
+            return
+        unseen = torch.stack([member.unseen(n_train) for member in members if member.weight > 0])
+        lacking = ~(unseen if self.residual == "out-of-sample" else ~unseen).any(0)
+        if bool(lacking.any()):
+            which = "left out by no member" if self.residual == "out-of-sample" else "trained on by no member"
+            raise ValueError(
+                f"residual is {self.residual!r}, and {int(lacking.sum())} of {n_train} training examples are {which} "
+                f"(the first is {int(lacking.nonzero()[0])}); expected an ensemble such as "
+                "byline.CrossFit(checkpoints, byline.folds(n_train))"
+            )
+
     def _check_model(self) -> None:
         for name, module in self.task.model.named_modules():
             if module.training:
@@ -564,6 +662,19 @@ class Attributor(ABC):
     def _check_fitted(self) -> None:
         if self._train_set is None:
             raise RuntimeError(f"this {type(self).__name__} is not fitted; call fit(train_set) first")
+
+
+def _averaged(members: Sequence[Member], values: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The weighted mean of (members, n) values, and the squared standard error of it; None for one member."""
+    weights = torch.tensor([m.weight for m in members])
+    total = float(weights.sum())
+    share = weights / total if total else torch.full_like(weights, 1 / len(weights))
+    mean = (share.unsqueeze(1) * values).sum(0)
+    if len(members) < 2:
+        return mean, None
+    squares = float(share.square().sum())
+    spread = (share.unsqueeze(1) * (values - mean).square()).sum(0)
+    return mean, spread * squares / max(1 - squares, 1e-12)
 
 
 class phase:

@@ -85,6 +85,8 @@ class Influence(Attributor):
             store keeps the factors of the curvature too.
     """
 
+    residuals: tuple[str, ...] = ("mean", "in-sample", "out-of-sample", "sqrt")
+
     def __init__(
         self,
         task: Task,
@@ -108,6 +110,11 @@ class Influence(Attributor):
             raise ValueError(f"normalization is {normalization!r}; expected None, 'relatif' or 'theta-relatif'")
         self.solver, self.normalization = solver, normalization
         self.curvature = self._chosen() if curvature == "auto" else curvature
+        if normalization is not None and self.residual != "mean":
+            raise ValueError(
+                f"residual is {self.residual!r} and normalization {normalization!r}, which leaves the sign of Q alone; "
+                "expected one or the other"
+            )
         self.seed = check_seed(seed)
         self._times_residual = normalization is None
         self._check_combination()
@@ -240,7 +247,7 @@ class Influence(Attributor):
             yield start, stop, torch.cat(parts, 1)
 
     def _queries(self, voter: Voter, job: Job, shared: set[str]) -> Generator[tuple[int, int, Query], None, None]:
-        scale = self._loss_scale(voter)
+        scale = self._vote_scale(voter)
         with self._bench.active(voter.member, "gradient") as active:
             read, inverse = self._applied(voter, active)
             factor = _factor(scale, self._normalizers(voter, active, read, inverse))
@@ -305,7 +312,7 @@ class Influence(Attributor):
         return torch.cat(out)
 
     def _self(self, voter: Voter) -> Tensor:
-        stored, scale = self._stored(voter), self._loss_scale(voter)
+        stored, scale = self._stored(voter), self._vote_scale(voter)
         with self._bench.active(voter.member, "gradient") as active:
             read, inverse = self._applied(voter, active)
             quadratic = self._quadratic(voter, active)

@@ -18,13 +18,14 @@ from byline.methods.streaming import Query
 class GradDot(Attributor):
     """Inner products of the output's gradient with the negated loss gradient, under any ensemble."""
 
+    residuals: tuple[str, ...] = ("mean", "in-sample", "out-of-sample", "sqrt")
     _times_residual = True
 
     def _streams(self, voter: Voter) -> bool:
         return True
 
     def _query(self, voter: Voter) -> Prepare:
-        columns, scale = self._stored(voter).columns, self._loss_scale(voter)
+        columns, scale = self._stored(voter).columns, self._vote_scale(voter)
 
         def prepare(rows: Rows) -> Query:
             self._count(rows, columns)
@@ -34,7 +35,7 @@ class GradDot(Attributor):
         return prepare
 
     def _self(self, voter: Voter) -> Tensor:
-        pairs, scale = self._pairs(voter), self._loss_scale(voter)
+        pairs, scale = self._pairs(voter), self._vote_scale(voter)
         return pairs if scale is None else pairs * scale
 
     def _count(self, rows: Rows, columns: int) -> None:
@@ -46,6 +47,7 @@ class GradDot(Attributor):
 class GradCos(GradDot):
     """Cosines between the output's gradient and the negated loss gradient; 0 where one of them is 0."""
 
+    residuals = ("mean",)  # of Q, its sign alone is left
     _times_residual = False
 
     def _query(self, voter: Voter) -> Prepare:

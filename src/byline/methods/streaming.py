@@ -130,7 +130,7 @@ def _streamed(attributor: Attributor, job: Job, k: int) -> Iterator[Block]:
             attributor._products = Products(shared)
             mean = _mean(attributor, (last - first, stop - start))
             for voter, read, queries in zip(voters, readers, held, strict=True):
-                mean.begin(voter.weight, voter.residual[start:stop])
+                attributor._begin(mean, voter, slice(start, stop))
                 train = read(start, stop)
                 for a, b, query in queries:
                     mean.add(a - first, b - first, query.against(train, start, stop))
@@ -170,7 +170,7 @@ def _blockwise(attributor: Attributor, job: Job, k: int) -> Iterator[Block]:
         attributor._products = Products(shared)
         mean = _mean(attributor, (last - first, n))
         for voter in attributor._voters:
-            mean.begin(voter.weight, voter.residual)
+            attributor._begin(mean, voter)
             for a, b, votes in attributor._votes(voter, window, shared):
                 mean.add(a - first, b - first, votes)
         values, errors = attributor._finish(mean)

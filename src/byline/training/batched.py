@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ Build = Callable[[], nn.Module]
 Loss = Callable[[Any, Batch], Tensor]
 StateDict = dict[str, Tensor]
 
+_WATCHED = 256  # held-out examples of each member at a time
 _DROPOUT = 2  # names a random stream, see `derive`; `order` is 1
 
 
@@ -49,6 +50,8 @@ class Run:
         cost: FLOPs, CPU seconds, wall seconds and bytes of this one model. FLOPs are those of a plain step
             times the steps, whatever else was trained beside it; seconds are its share of its group's.
         batched: Whether it was trained stacked with others.
+        held_out: Mean loss of the examples held out, after each epoch; empty without any.
+        epoch: The epoch whose weights are the final ones: the one of lowest held-out loss, or the last.
     """
 
     seed: int
@@ -58,6 +61,8 @@ class Run:
     losses: tuple[float, ...] = field(repr=False)
     cost: Cost
     batched: bool
+    held_out: tuple[float, ...] = field(default=(), repr=False)
+    epoch: int = 0
 
     @property
     def flops(self) -> float:
@@ -79,6 +84,9 @@ def train_many(
     subsets: Sequence[Any] | None = None,
     seeds: Sequence[int] = (0,),
     checkpoints: Sequence[int] | None = None,
+    held_out: Sequence[Any] | None = None,
+    validation_set: Any = None,
+    patience: int = 3,
     group: int = 25,
     batched: bool | None = None,
     collate: Callable[[list[Any]], Batch] | None = None,
@@ -102,6 +110,11 @@ def train_many(
             group, members with subsets of different sizes are trained apart.
         seeds: One per member, at least 0.
         checkpoints: Epochs whose weights to keep, from 0 (untrained) to ``recipe.epochs``.
+        held_out: For each member the positions of examples that tell when to stop: its final weights are those of the
+            epoch after which their mean loss was lowest, and no epoch after that one is kept.
+        validation_set: Examples outside the training set that tell every member when to stop instead.
+        patience: How many epochs without a lower held-out loss end a member's training. A group goes on until it has
+            ended for all of its members; what that costs counts for each of them.
         group: How many models to train at once.
         batched: Stack models (True), never (False), or wherever ``group`` is above 1 and a trial shows that it gives
             what the model alone gives.
@@ -122,19 +135,25 @@ def train_many(
     where = as_engine(engine)
     data = fetch(train_set, "train_set", collate)
     members = _members(seeds, subsets, batches.size(data))
+    other = None if validation_set is None else fetch(validation_set, "validation_set", collate)
+    if held_out is not None or other is not None:
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise ValueError(f"patience={patience!r}: expected a whole number of at least 1")
+        members = _watched(members, held_out, data, other)
     kept = _kept(checkpoints, recipe.epochs)
     if group < 1:
         raise ValueError(f"group={group!r}: expected a whole number of at least 1")
     data = batches.to(data, torch.device(device))
+    other = None if other is None else batches.to(other, torch.device(device))
 
     obstacle = _obstacle(build, task_loss, data, device)
     if batched and obstacle:
         raise ValueError(f"batched=True, but this model cannot be trained stacked: {obstacle}")
     stacked = (not obstacle and group > 1) if batched is None else batched
 
-    flops = {size: _flops(build, task_loss, recipe, data, size, device) for size in {len(m[1]) for m in members}}
+    flops = {size: _flops(build, task_loss, recipe, data, size, device) for size in {len(m.examples) for m in members}}
     groups = list(_chunks(members, group if stacked else 1))
-    work = _Training(build, task_loss, recipe, data, kept, device, stacked)
+    work = _Training(build, task_loss, recipe, data, kept, device, stacked, data if other is None else other, patience)
     trained: list[_Trained] = [None] * len(groups)  # type: ignore[list-item]
     with _advance(progress, len(members)) as advance:
 
@@ -144,8 +163,12 @@ def train_many(
         where.run(work, [groups], trained.__setitem__, told)
     runs: list[Run] = []
     for chunk, done in zip(groups, trained, strict=True):
-        cost = Cost(flops[len(chunk[0][1])], done.seconds / len(chunk), done.wall / len(chunk))
-        runs += [done.run(i, seed, recipe, kept, cost, stacked) for i, (seed, _) in enumerate(chunk)]
+        first = chunk[0]
+        watched = 0 if first.held is None else len(first.held)
+        # of the whole run, and a forward pass is a third of a step
+        share = done.epochs / recipe.epochs * (1 + watched / len(first.examples) / 3)
+        cost = Cost(flops[len(first.examples)] * share, done.seconds / len(chunk), done.wall / len(chunk))
+        runs += [done.run(i, member.seed, recipe, kept, cost, stacked) for i, member in enumerate(chunk)]
     # chunks keep members in order except where subset sizes differ inside a group
     place = {id(member): i for i, member in enumerate(members)}
     order_of = [place[id(member)] for chunk in groups for member in chunk]
@@ -214,14 +237,16 @@ class _Training(Work):
     kept: list[int]
     device: Any
     stacked: bool
+    watched: Batch
+    patience: int
     what = "build, task_loss and train_set"
 
     def do(self, piece: Sequence[Member], advance: Advance) -> _Trained:
         """Train a group."""
-        with _seeded(derive(*(seed for seed, _ in piece), _DROPOUT), self.device):
+        with _seeded(derive(*(member.seed for member in piece), _DROPOUT), self.device):
             kind = _Stacked if self.stacked else _Single
             models = kind(self.build, self.loss, piece, self.device)
-            return _fit(models, piece, self.data, self.recipe, self.kept, advance)
+            return _fit(models, piece, self.data, self.recipe, self.kept, advance, self.watched, self.patience)
 
     def steps(self, piece: Sequence[Member]) -> float:
         """Models."""
@@ -231,7 +256,14 @@ class _Training(Work):
 # --- a group of models --------------------------------------------------------------------------------------
 
 
-Member = tuple[int, Tensor]  # its seed, and the positions of its training examples
+class Member(NamedTuple):
+    """A model to be trained."""
+
+    seed: int
+    examples: Tensor
+    """The positions of its training examples."""
+    held: Tensor | None = None
+    """The positions of the examples that tell when to stop."""
 
 
 class _Group(Protocol):
@@ -239,6 +271,7 @@ class _Group(Protocol):
 
     def parameters(self) -> list[Tensor]: ...
     def losses(self, batch: Batch) -> Tensor: ...
+    def evaluating(self, on: bool) -> None: ...
     def states(self) -> list[StateDict]: ...
 
 
@@ -246,7 +279,7 @@ class _Stacked:
     """Models whose parameters are stacked, (members, ...) each."""
 
     def __init__(self, build: Build, loss: Loss, members: Sequence[Member], device: Any) -> None:
-        models = [_fresh(build, seed, device) for seed, _ in members]
+        models = [_fresh(build, member.seed, device) for member in members]
         self.template = models[0]
         tensors, self.buffers = stack_module_state(models)
         # Matrices lie here as their transposes, which is how vmap's gradients of Linear weights come: nothing
@@ -273,6 +306,9 @@ class _Stacked:
     def losses(self, batch: Batch) -> Tensor:
         return self.losses_of(self.tensors, self.buffers, batch)
 
+    def evaluating(self, on: bool) -> None:
+        self.template.train(not on)
+
     def states(self) -> list[StateDict]:
         tensors = {name: t.mT if name in self.turned else t for name, t in self.tensors.items()}
         every = {**tensors, **self.buffers}
@@ -284,8 +320,8 @@ class _Single:
     """A group of one, trained as it is."""
 
     def __init__(self, build: Build, loss: Loss, members: Sequence[Member], device: Any) -> None:
-        ((seed, _),) = members
-        self.model = _fresh(build, seed, device)
+        (member,) = members
+        self.model = _fresh(build, member.seed, device)
         self.loss = loss
 
     def parameters(self) -> list[Tensor]:
@@ -293,6 +329,9 @@ class _Single:
 
     def losses(self, batch: Batch) -> Tensor:
         return self.loss(self.model, tree_map(lambda tensor: tensor[0], batch)).mean()[None]
+
+    def evaluating(self, on: bool) -> None:
+        self.model.train(not on)
 
     def states(self) -> list[StateDict]:
         return [{key: _plain(tensor) for key, tensor in self.model.state_dict().items()}]
@@ -315,19 +354,26 @@ class _Functional:
 class _Trained:
     states: list[StateDict]
     checkpoints: dict[int, list[StateDict]]
-    losses: Tensor  # (epochs, members)
+    losses: Tensor  # (epochs that were trained, members)
     per_epoch: int
     seconds: float
     wall: float
+    held_out: Tensor | None  # likewise
+    best: list[int]  # epoch of each member's final weights
+
+    @property
+    def epochs(self) -> int:
+        return len(self.losses)
 
     def run(self, i: int, seed: int, recipe: Recipe, kept: list[int], cost: Cost, batched: bool) -> Run:
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.states[i].values())
-        checkpoints = {epoch: states[i] for epoch, states in self.checkpoints.items()}
+        kept = [epoch for epoch in kept if epoch <= self.best[i]]
+        checkpoints = {epoch: self.checkpoints[epoch][i] for epoch in kept}
+        watched = () if self.held_out is None else tuple(self.held_out[:, i].tolist())
         cost = Cost(cost.flops, cost.seconds, cost.wall, size * max(1, len(checkpoints)))
         losses = tuple(self.losses[:, i].tolist())
-        return Run(
-            seed, self.states[i], checkpoints, learning_rates(recipe, kept, self.per_epoch), losses, cost, batched
-        )
+        rates = learning_rates(recipe, kept, self.per_epoch)
+        return Run(seed, self.states[i], checkpoints, rates, losses, cost, batched, watched, self.best[i])
 
 
 def _fit(
@@ -337,17 +383,22 @@ def _fit(
     recipe: Recipe,
     kept: list[int],
     advance: Callable[[float], None],
+    watched: Batch,
+    patience: int,
 ) -> _Trained:
     """The training loop, the same for stacked and single models."""
     cpu, wall = time.process_time(), time.perf_counter()
     parameters = models.parameters()
     optimizer = recipe.make_optimizer(parameters)
-    size = len(members[0][1])
+    size = len(members[0].examples)
     per_epoch, device = recipe.batches(size), parameters[0].device
     checkpoints = {0: models.states()} if 0 in kept else {}
     history = torch.zeros(recipe.epochs, len(members))
+    held = None if members[0].held is None else torch.stack([m.held for m in members if m.held is not None]).to(device)
+    seen = torch.full((recipe.epochs, len(members)), torch.inf)
+    best, states = [recipe.epochs] * len(members), None
     for epoch in range(recipe.epochs):
-        visits = torch.stack([index[order(seed, epoch, size)] for seed, index in members]).to(device)
+        visits = torch.stack([m.examples[order(m.seed, epoch, size)] for m in members]).to(device)
         total = torch.zeros(len(members), device=device)
         for step, index in enumerate(visits.split(recipe.batch_size, dim=1)):
             optimizer.param_groups[0]["lr"] = recipe.rate(epoch * per_epoch + step, recipe.epochs * per_epoch)
@@ -357,48 +408,87 @@ def _fit(
             optimizer.step()
             total += losses.detach() * index.shape[1]
         history[epoch] = (total / size).cpu()
-        for (seed, _), value in zip(members, history[epoch].tolist(), strict=True):
+        for member, value in zip(members, history[epoch].tolist(), strict=True):
             if not np.isfinite(value):
-                raise ValueError(f"training diverged: seed {seed}, epoch {epoch + 1}, mean loss {value}")
+                raise ValueError(f"training diverged: seed {member.seed}, epoch {epoch + 1}, mean loss {value}")
         if epoch + 1 in kept:
             checkpoints[epoch + 1] = models.states()
         advance(len(members) / recipe.epochs)
+        if held is None:
+            continue
+        seen[epoch] = _held_out(models, watched, held)
+        lowest = (seen[: epoch + 1].argmin(0) + 1).tolist()
+        now = models.states()
+        # of members whose time is over, what comes later does not count
+        over = [b + patience <= epoch for b in best] if states else [False] * len(members)
+        best = [old if done else new for old, new, done in zip(best, lowest, over, strict=True)]
+        states = [now[i] if b == epoch + 1 else states[i] for i, b in enumerate(best)] if states else now
+        if all(b + patience <= epoch + 1 for b in best):
+            advance(len(members) * (1 - (epoch + 1) / recipe.epochs))
+            break
+    done = epoch + 1
     return _Trained(
-        models.states(),
+        states or models.states(),
         checkpoints,
-        history,
+        history[:done],
         per_epoch,
         time.process_time() - cpu,
         time.perf_counter() - wall,
+        None if held is None else seen[:done],
+        best,
     )
+
+
+def _held_out(models: _Group, data: Batch, held: Tensor) -> Tensor:
+    """(members,) each one's mean loss of the examples that it is not trained on."""
+    models.evaluating(True)
+    with torch.no_grad():
+        parts = [models.losses(take(data, part)).cpu() * part.shape[1] for part in held.split(_WATCHED, dim=1)]
+    models.evaluating(False)
+    return torch.stack(parts).sum(0) / held.shape[1]
 
 
 # --- what a run needs to know beforehand --------------------------------------------------------------------
 
 
-def _members(seeds: list[int], subsets: Sequence[Any] | None, examples: int) -> list[Member]:
+def _members(seeds: list[int], subsets: Sequence[Any] | None, examples: int, name: str = "subsets") -> list[Member]:
     """Seeds and subsets, checked, as members."""
     if not seeds or min(seeds) < 0:
         raise ValueError(f"seeds={seeds!r}: expected at least one whole number, none below 0")
     if subsets is None:
-        return [(seed, torch.arange(examples)) for seed in seeds]
+        return [Member(seed, torch.arange(examples)) for seed in seeds]
     if len(subsets) != len(seeds):
-        raise ValueError(f"subsets: got {len(subsets)} subsets for {len(seeds)} seeds; expected one for each seed")
+        raise ValueError(f"{name}: got {len(subsets)} subsets for {len(seeds)} seeds; expected one for each seed")
     members = []
     for i, (seed, subset) in enumerate(zip(seeds, subsets, strict=True)):
         index = np.asarray(subset)
         if index.dtype == bool or index.ndim != 1 or not len(index) or index.dtype.kind not in "iu":
             raise ValueError(
-                f"subsets: number {i} has shape {index.shape} and dtype {index.dtype}; "
+                f"{name}: number {i} has shape {index.shape} and dtype {index.dtype}; "
                 "expected the positions of its examples, (k,) whole numbers"
             )
         if index.min() < 0 or index.max() >= examples:
             raise ValueError(
-                f"subsets: number {i} points outside the train set: {index.min()} to {index.max()}, "
+                f"{name}: number {i} points outside the train set: {index.min()} to {index.max()}, "
                 f"expected 0 to {examples - 1}"
             )
-        members.append((seed, torch.from_numpy(index.astype(np.int64))))
+        members.append(Member(seed, torch.from_numpy(index.astype(np.int64))))
     return members
+
+
+def _watched(members: list[Member], held_out: Sequence[Any] | None, data: Batch, other: Batch | None) -> list[Member]:
+    """Members that know which examples tell them when to stop."""
+    if other is not None:
+        if held_out is not None:
+            raise ValueError("held_out and validation_set: expected one of them")
+        every = torch.arange(batches.size(other))
+        return [member._replace(held=every) for member in members]
+    assert held_out is not None
+    positions = _members([m.seed for m in members], held_out, batches.size(data), "held_out")
+    for i, (member, found) in enumerate(zip(members, positions, strict=True)):
+        if len(np.intersect1d(member.examples.numpy(), found.examples.numpy())):
+            raise ValueError(f"held_out: number {i} has examples that its member is trained on; expected others")
+    return [m._replace(held=found.examples) for m, found in zip(members, positions, strict=True)]
 
 
 def _kept(checkpoints: Sequence[int] | None, epochs: int) -> list[int]:
@@ -412,8 +502,12 @@ def _chunks(members: list[Member], group: int) -> Iterator[list[Member]]:
     """Consecutive members, at most `group` at a time, split where their subsets' sizes differ."""
     for start in range(0, len(members), group):
         chunk = members[start : start + group]
-        for size in dict.fromkeys(len(index) for _, index in chunk):
-            yield [member for member in chunk if len(member[1]) == size]
+        for sizes in dict.fromkeys(map(_sizes, chunk)):
+            yield [member for member in chunk if _sizes(member) == sizes]
+
+
+def _sizes(member: Member) -> tuple[int, int]:
+    return len(member.examples), 0 if member.held is None else len(member.held)
 
 
 def learning_rates(recipe: Recipe, kept: list[int], per_epoch: int) -> dict[int, float]:
@@ -466,7 +560,7 @@ def _obstacle(build: Build, loss: Loss, data: Batch, device: Any) -> str | None:
             return f"a training step changes its buffers ({', '.join(changed[:3])})"
         alone = torch.stack([loss(_fresh(build, seed, device).eval(), batch).mean() for seed in (0, 1)])
         try:
-            members = [(seed, some) for seed in (0, 1)]
+            members = [Member(seed, some) for seed in (0, 1)]
             pair = _Stacked(build, loss, members, device)
             twice = take(data, torch.stack([some, some]))
             pair.losses(twice)  # dropout may fail where eval mode does not

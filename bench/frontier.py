@@ -1,0 +1,574 @@
+"""The frontier: LDS against training cost, serving cost and space, for every strategy, residual and Hessian.
+
+    python bench/frontier.py                                    # digits-mlp, three seeds
+    python bench/frontier.py --setting fashion-mlp --seeds 3
+
+Each strategy and seed is a JSON file under ``<out>/records``; what is there is not made again, so the script may be
+killed at any time. Trained models and the bank lie beside them. ``--table`` reads the records alone.
+
+Defaults are CHOSEN on digits-mlp, and on cancer-mlp and diabetes-mlp of ``bench/damping.py``, which ``--setting`` takes
+too; all other settings JUDGE them, and nothing of the library is to be set after a look at those. ``--other-bank``
+holds the same scores against a second ground truth too: subsets of a quarter instead of a half, other seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import byline
+from byline import settings
+from byline.evaluate.lds import noise_ceiling
+from byline.ledger import Cost, Ledger, human_bytes, human_flops
+from byline.methods import residuals
+from byline.methods.mean import RunningMean
+from byline.report.plots import pareto_front
+from byline.settings.base import Setting
+from byline.settings.bench import plain
+from byline.settings.workshop import Workshop, save_json
+from byline.training.data import derive
+from byline.training.ensembles import spaced
+from common import ROOT, environment, table
+
+FORMAT = 1
+CHOSEN_ON = ("digits-mlp", "cancer-mlp", "diabetes-mlp")
+PUBLISHED = ROOT / "src" / "byline" / "settings" / "measured"
+ADAPTERS = {"rank": 8, "epochs": 3, "lr": 1e-3}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """An ensemble, and features where they are not the setting's own.
+
+    Attributes:
+        name: In tables.
+        runs: Training runs; of a crossfit a multiple of ``parts``.
+        length: Of each run: "full" as the setting says, or "short" (see `short`).
+        checkpoints: Along each run, evenly spaced; 0 for the last weights alone.
+        parts: Folds of a crossfit; 0 for none.
+        cycles: Of a snapshot ensemble; 0 for none.
+        change: "dropout", "forward-only", "weight noise" or "lora" on each trained model.
+        each: How many of them.
+        options: Theirs.
+        columns: Of a basis of principal components; 0 for the setting's own features.
+        validation: The share that is held out to stop each run.
+        paper: Whether it is in arXiv 2405.17293.
+    """
+
+    name: str
+    runs: int = 1
+    length: str = "full"
+    checkpoints: int = 0
+    parts: int = 0
+    cycles: int = 0
+    change: str = ""
+    each: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+    columns: int = 0
+    validation: float = 0.0
+    paper: bool = False
+
+    @property
+    def slug(self) -> str:
+        """As the name of a file."""
+        return "".join(c if c.isalnum() else "-" for c in self.name.lower()).strip("-")
+
+    @property
+    def kind(self) -> str:
+        """What the plots colour by."""
+        found = [self.change] if self.change else []
+        found += ["crossfit"] if self.parts else ["snapshot"] if self.cycles else []
+        found += ["trajectory"] if self.checkpoints else []
+        return " of ".join(found) or "independent"
+
+    def members(self) -> int:
+        """How many vote."""
+        return self.runs * max(1, self.checkpoints, self.cycles) * self.each
+
+
+ONE, MANY = {"p": 0.5}, {"p": 0.3}
+STRATEGIES = (
+    Strategy("independent 1", paper=True),
+    Strategy("independent 5", 5, paper=True),
+    Strategy("independent 10", 10, paper=True),
+    Strategy("independent 25", 25, paper=True),
+    Strategy("dropout 1×10", change="dropout", each=10, options=ONE, paper=True),
+    Strategy("dropout 5×5", 5, change="dropout", each=5, options=MANY, paper=True),
+    Strategy("forward-only 1×10", change="forward-only", each=10, options=ONE, paper=True),
+    Strategy("forward-only 5×10", 5, change="forward-only", each=10, options=MANY, paper=True),
+    Strategy("LoRA 1×4", change="lora", each=4, options=ADAPTERS, paper=True),
+    Strategy("LoRA 5×4", 5, change="lora", each=4, options=ADAPTERS, paper=True),
+    Strategy("weight noise 1×10", change="weight noise", each=10, options={"scale": 0.6}),
+    Strategy("1 short run", 1, "short"),
+    Strategy("5 short runs", 5, "short"),
+    Strategy("3 checkpoints of a short run", 1, "short", 3),
+    Strategy("5 checkpoints of a short run", 1, "short", 5),
+    Strategy("10 checkpoints of a short run", 1, "short", 10),
+    Strategy("10 checkpoints of a full run", 1, "full", 10),
+    Strategy("5 checkpoints, stopped by a held-out tenth", 1, "full", 5, validation=0.1),
+    Strategy("3 checkpoints each of 3 short runs", 3, "short", 3),
+    Strategy("5 checkpoints each of 5 short runs", 5, "short", 5),
+    Strategy("5 checkpoints × 3 masks, short run", 1, "short", 5, change="dropout", each=3, options=MANY),
+    Strategy("halves 2", 2, parts=2),
+    Strategy("halves 10", 10, parts=2),
+    Strategy("short halves 2", 2, "short", parts=2),
+    Strategy("short halves 6", 6, "short", parts=2),
+    Strategy("short thirds 3", 3, "short", parts=3),
+    Strategy("short halves 2, 5 checkpoints each", 2, "short", 5, parts=2),
+    Strategy("short halves 6, 3 checkpoints each", 6, "short", 3, parts=2),
+    Strategy("snapshots, 5 cycles of a full run", 1, cycles=5),
+    Strategy("1 short run, 128 columns", 1, "short", columns=128),
+    Strategy("1 short run, 256 columns", 1, "short", columns=256),
+    Strategy("5 checkpoints of a short run, 128 columns", 1, "short", 5, columns=128),
+    Strategy("5 checkpoints of a short run, 512 columns", 1, "short", 5, columns=512),
+    Strategy("5 checkpoints of a short run, 1024 columns", 1, "short", 5, columns=1024),
+)
+
+
+def short(epochs: int) -> int:
+    """The epochs of a short run: a third of a full one's, but five where it has as many."""
+    return max(epochs // 3, min(5, epochs))
+
+
+class Studied(byline.TRAK):
+    """TRAK that also keeps the mean kernel and each member's leverages: all residuals from one pass."""
+
+    leverages: list[torch.Tensor]
+    kernel: np.ndarray
+    aside = 0.0
+    """CPU seconds that went into leverages alone."""
+
+    def _begin(self, mean: Any, voter: Any, *rest: Any) -> None:
+        start = time.process_time()
+        self.leverages.append(self._self(voter))
+        self.aside += time.process_time() - start
+        super()._begin(mean, voter, *rest)
+
+    def _finish(self, mean: RunningMean, place: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        self.kernel = mean.mean()
+        # neither scores nor errors are of use here
+        return self.kernel, self.kernel
+
+    def study(self, test_set: Any) -> np.ndarray:
+        """(n_test, n_train) the mean kernel."""
+        self.leverages = []
+        self.attribute(test_set)
+        return self.kernel
+
+    def residuals_of_each(self) -> dict[str, torch.Tensor]:
+        """(n_train,) what each kind of ``residual=`` carries, by the library's own formulas."""
+        found: dict[str, list[torch.Tensor]] = {"mean": [], "sqrt": [], "leave-one-out": []}
+        unseen = []
+        for voter, leverage in zip(self._voters, self.leverages, strict=True):
+            each, own = self._residuals_of(voter), voter.member.unseen(self.n_train_)
+            scales = self._scales(voter)
+            weights = None if scales is None else scales.square()
+            moved = residuals.leave_one_out(each, leverage, weights, self.task.name)
+            found["mean"].append(each.mean(0))
+            found["sqrt"].append(residuals.root(each).mean(0))
+            found["leave-one-out"].append(torch.where(own, each, moved).mean(0))
+            unseen.append(own)
+        out = {name: torch.stack(each).mean(0) for name, each in found.items()}
+        counts, q = torch.stack(unseen).float(), torch.stack(found["mean"])
+        if bool((counts.sum(0) > 0).all()):
+            out["out-of-sample"] = (counts * q).sum(0) / counts.sum(0)
+        return out
+
+
+@dataclass
+class Run:
+    """A trained run: its weights, what it was trained on, what it cost."""
+
+    states: list[Any]
+    trained_on: np.ndarray | None
+    cost: Cost
+
+
+class Trainers:
+    """Runs of a setting and seed, kept in a folder and shared by the strategies."""
+
+    def __init__(self, setting: Any, folder: Path, seed: int):
+        self.setting, self.folder, self.seed = setting, folder, seed
+        self.task = setting.task()
+        # five small models train in the time of one; of large ones no more than are asked for
+        self.block = 5 if setting.group > 1 else 1
+
+    def runs(self, strategy: Strategy) -> list[Run]:
+        """As many as the strategy has: prefixes of one sequence for each way to train."""
+        recipe = self.setting.recipe
+        if strategy.length == "short":
+            recipe = replace(recipe, epochs=short(recipe.epochs))
+        if strategy.checkpoints > recipe.epochs:
+            raise ValueError(f"a run of {recipe.epochs} epochs has no {strategy.checkpoints} checkpoints")
+        kind, options, block = "trajectory", {}, self.block
+        if strategy.cycles:
+            kind, options = "snapshot", {"checkpoints": strategy.cycles}
+        elif strategy.parts:
+            kind, block = "crossfit", strategy.parts
+            options = {"parts": strategy.parts, "checkpoints": recipe.epochs}
+        elif strategy.validation:
+            options = {"checkpoints": strategy.checkpoints, "validation": strategy.validation}
+        else:
+            # all epochs of one run serve every spacing; the last is the fully trained model
+            options = {"checkpoints": recipe.epochs}
+        if recipe.epochs > 60:
+            raise SystemExit(f"{self.setting.name} has {recipe.epochs} epochs; keeping each would fill the disk")
+        found: list[Run] = []
+        number = 0
+        while len(found) < strategy.runs:
+            name = f"{kind}-{strategy.length}-{strategy.parts}-{strategy.cycles}-{strategy.validation:g}-{number}"
+            ensemble = byline.train_ensemble(
+                self.task, self.setting.train_set, recipe, kind, models=block, build=self.setting.build,
+                seed=derive(self.seed, number, 7) % 2**32, folder=self.folder / f"seed-{self.seed}" / name,
+                group=self.setting.group, **options,
+            )  # fmt: skip
+            found += _split(ensemble, block)
+            number += 1
+        return [self._spaced(run, strategy, recipe.epochs) for run in found[: strategy.runs]]
+
+    def _spaced(self, run: Run, strategy: Strategy, epochs: int) -> Run:
+        if strategy.cycles or strategy.validation:
+            return run
+        wanted = spaced(strategy.checkpoints, epochs) if strategy.checkpoints else [epochs]
+        return replace(run, states=[run.states[epoch - 1] for epoch in wanted])
+
+    def ensemble(self, strategy: Strategy) -> tuple[Any, Cost, int]:
+        """The ensemble, what training it cost, and the bytes of weights it keeps."""
+        runs = self.runs(strategy)
+        base: Any = byline.Trajectory([run.states for run in runs])
+        cost = sum((run.cost for run in runs), Cost())
+        weights = sum(Path(state).stat().st_size for run in runs for state in run.states)
+        if all(run.trained_on is not None for run in runs):
+            base = byline.CrossFit(base, [run.trained_on for run in runs])
+        if strategy.change == "lora":
+            return self._adapters(strategy, base, cost, weights)
+        if strategy.change == "weight noise":
+            base = byline.WeightNoise(base, draws=strategy.each, seed=self.seed, **strategy.options)
+        elif strategy.change:
+            forward = strategy.change == "forward-only"
+            base = byline.Dropout(base, masks=strategy.each, forward_only=forward, seed=self.seed, **strategy.options)
+        return base, cost, weights
+
+    def _adapters(self, strategy: Strategy, base: Any, cost: Cost, weights: int) -> tuple[Any, Cost, int]:
+        ledger = Ledger()
+        with ledger.phase("training"):
+            found = byline.train_lora(
+                self.task, base, self.setting.train_set, adapters=strategy.each, seed=self.seed, progress=False,
+                **strategy.options,
+            )  # fmt: skip
+        shop = Workshop(self.setting, self.folder, print, False)
+        each = shop._adapter_flops(found.adapters[0][0], strategy.options["epochs"])
+        extra = replace(ledger.training, flops=each * strategy.runs * strategy.each)
+        small = sum(t.numel() * t.element_size() for row in found.adapters for a in row for t in a.tensors.values())
+        return found, cost + extra, weights + small
+
+
+def _split(ensemble: Any, runs: int) -> list[Run]:
+    """The runs of what `byline.train_ensemble` gave."""
+    cost = ensemble.cost.scaled(1 / runs)
+    out: dict[int, Run] = {}
+    for member in ensemble.members():
+        out.setdefault(member.run, Run([], member.trained_on, cost)).states.append(member.weights.source)
+    return list(out.values())
+
+
+def measure(
+    strategy: Strategy, setting: Any, trainers: Trainers, truths: Sequence[Any], hessians: Sequence[str]
+) -> dict[str, Any]:
+    """One strategy, trained with one seed, under every Hessian and residual."""
+    ensemble, training, weights = trainers.ensemble(strategy)
+    features = byline.Factorized(strategy.columns, basis="pca") if strategy.columns else setting.features()
+    variants: list[dict[str, Any]] = []
+    record: dict[str, Any] = {"training": plain(training), "models": ensemble.trained_models()}
+    store = None
+    for hessian in hessians:
+        ledger = Ledger()
+        attributor = Studied(
+            setting.task(), ensemble, features=features, hessian=hessian, ledger=ledger, progress=False,
+            batch_size=setting.batch_size,
+        )  # fmt: skip
+        if store is not None:
+            attributor.store = store
+        attributor.fit(setting.train_set)
+        kernel = attributor.study(setting.test_set)
+        for residual, q in attributor.residuals_of_each().items():
+            found, *other = [byline.lds(kernel * q.numpy(), bank, bootstrap=200) for bank in truths]
+            variants.append(
+                {
+                    "hessian": hessian,
+                    "residual": residual,
+                    "lds": found.mean,
+                    "interval": list(found.interval),
+                    "other": other[0].mean if other else None,
+                    "damping": attributor.info()["damping_median"],
+                }
+            )
+        if store is None:
+            store = attributor.store
+            serving = replace(ledger.serving, seconds=max(0.0, ledger.serving.seconds - attributor.aside))
+            record |= {
+                "fitting": plain(ledger.fitting),
+                "serving": plain(serving.scaled(1 / len(setting.test_set))),
+                "space": weights + store.nbytes(),
+            }
+    return {**record, "members": len(ensemble), "variants": variants}
+
+
+def run(options: argparse.Namespace, setting: Any, out: Path) -> None:
+    """Make the records that are lacking, the cheapest strategies of each seed first."""
+
+    def tell(sentence: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')}  {sentence}", flush=True)
+
+    shop = Workshop(setting, out, tell, progress=False)
+    recipe = setting.bank_recipe
+    tell(f"{setting.name}: the bank first, {recipe.subsets * recipe.seeds} models, found or trained; parts are kept")
+    truths = [shop.bank(recipe)]
+    if options.other_bank:
+        truths.append(shop.bank(other_recipe(setting)))
+    asked = {"format": FORMAT, "hessians": options.hessians, "banks": len(truths)}
+    work = [(s, seed) for seed in range(options.seeds) for s in chosen(options, setting)]
+    done, spent = 0, 0.0
+    for number, (strategy, seed) in enumerate(work, 1):
+        path = out / "records" / f"{strategy.slug}-{seed}.json"
+        key = shop.key(part="frontier", strategy=asdict(strategy), seed=seed, **asked)
+        if path.exists() and json.loads(path.read_text(encoding="utf-8"))["key"] == key and not options.again:
+            continue
+        start = time.perf_counter()
+        try:
+            trainers = Trainers(setting, out / "frontier-models", seed)
+            made = measure(strategy, setting, trainers, truths, options.hessians)
+        except (ValueError, TypeError) as error:
+            # a model without dropout, a task without Q: the table says so
+            made = {"refused": str(error)}
+        head = {"format": FORMAT, "key": key, "setting": setting.name, "seed": seed, "strategy": asdict(strategy)}
+        save_json(path, {**head, **made, "environment": environment()})
+        taken = time.perf_counter() - start
+        done, spent = done + 1, spent + taken
+        said = made.get("refused") or f"LDS {max(v['lds'] for v in made['variants']):.3f} at best"
+        left = spent / done * (len(work) - number) / 60
+        place = f"{number} of {len(work)}: {strategy.name}, seed {seed}"
+        tell(f"{place}: {said} ({taken:.0f} s; about {left:.0f} min left)")
+
+
+def other_recipe(setting: Any) -> Any:
+    """A ground truth of subsets of a quarter."""
+    return replace(setting.bank_recipe, fraction=setting.bank_recipe.fraction / 2, seed=setting.bank_recipe.seed + 1)
+
+
+def chosen(options: argparse.Namespace, setting: Any) -> list[Strategy]:
+    """The strategies asked for, by rising number of members."""
+    found = [s for s in STRATEGIES if not options.only or any(word in s.name for word in options.only)]
+    if options.max_members:
+        found = [s for s in found if s.members() <= options.max_members]
+    if options.max_runs:
+        found = [s for s in found if s.runs <= options.max_runs]
+    if not found:
+        raise SystemExit("no strategy is left; see --only, --max-members and --max-runs")
+    return sorted(found, key=lambda s: (s.members(), s.runs))
+
+
+# --- what came out -------------------------------------------------------------------------------------------
+
+
+VARIANTS = (
+    ("unweighted", "mean", "Q"),
+    ("unweighted", "sqrt", "√Q"),
+    ("unweighted", "leave-one-out", "leave-one-out"),
+    ("unweighted", "out-of-sample", "out-of-sample"),
+    ("weighted", "mean", "W, Q"),
+    ("weighted", "sqrt", "W, √Q"),
+    ("weighted", "leave-one-out", "W, leave-one-out"),
+    ("weighted", "out-of-sample", "W, out-of-sample"),
+)
+
+
+def load(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records by strategy, in the order of the strategies."""
+    files = sorted((out / "records").glob("*.json"))
+    every = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for strategy in STRATEGIES:
+        own = [r for r in every if r["strategy"]["name"] == strategy.name]
+        if own:
+            found[strategy.name] = own
+    return found
+
+
+def figures(records: list[dict[str, Any]], hessian: str, residual: str, what: str = "lds") -> list[float]:
+    """The LDS of every seed."""
+    every = [v for r in records for v in r.get("variants", ())]
+    return [v[what] for v in every if (v["hessian"], v["residual"]) == (hessian, residual) and v[what] is not None]
+
+
+def summary(out: Path) -> dict[str, Any]:
+    """Means over seeds: plain data."""
+    found = load(out)
+    whole = found.get("independent 1")
+    unit = _mean([r["training"]["flops"] for r in whole]) if whole else math.nan
+    rows = []
+    for name, records in found.items():
+        strategy = Strategy(**records[0]["strategy"])
+        refused = next((r["refused"] for r in records if "refused" in r), None)
+        row: dict[str, Any] = {"name": name, "kind": strategy.kind, "paper": strategy.paper, "refused": refused}
+        row["strategy"] = asdict(strategy)
+        if refused is None:
+            row |= {
+                "seeds": len(records),
+                "members": records[0]["members"],
+                "trainings": _mean([r["training"]["flops"] for r in records]) / unit,
+                "training": _mean([r["training"]["flops"] for r in records]),
+                "fitting": _mean([r["fitting"]["seconds"] for r in records]),
+                "serving": _mean([r["serving"]["flops"] for r in records]),
+                "space": _mean([r["space"] for r in records]),
+            }
+            for what in ("lds", "other"):
+                every = {f"{h} {q}": figures(records, h, q, what) for h, q, _ in VARIANTS}
+                row[what] = {variant: values for variant, values in every.items() if values}
+        rows.append(row)
+    return {"rows": rows}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values)
+
+
+def report(out: Path, setting_name: str, ceiling: float | None, output: str | None = None) -> None:
+    """The table, ``frontier.json`` and the Pareto fronts, ``frontier.html``.
+
+    Args:
+        out: Where the records are.
+        setting_name: Of what.
+        ceiling: The bank's.
+        output: The setting's output, to keep the result in the package.
+    """
+    result = summary(out)
+    role = "defaults are CHOSEN on it" if setting_name in CHOSEN_ON else "defaults are JUDGED on it"
+    result |= {"format": FORMAT, "setting": setting_name, "role": role, "ceiling": ceiling}
+    rows = [row for row in result["rows"] if row["refused"] is None]
+    if not rows:
+        raise SystemExit(f"no records in {out / 'records'}")
+    print(f"\n{setting_name}: {role}. Noise ceiling {ceiling:.3f}." if ceiling else f"\n{setting_name}: {role}.")
+    for what, title in (("lds", "LDS"), ("other", "LDS against the other bank")):
+        shown = [v for v in VARIANTS if any(f"{v[0]} {v[1]}" in row[what] for row in rows)]
+        if not shown:
+            continue
+        print(f"\n{title}, mean over seeds ± standard deviation; * is in the paper, W the weighted Hessian\n")
+        names = [name for _, _, name in shown]
+        body = []
+        for row in rows:
+            cells = [_cell(row[what].get(f"{hessian} {residual}", [])) for hessian, residual, _ in shown]
+            costs = [f"{row['trainings']:.2f}", human_flops(row["serving"]), human_bytes(row["space"])]
+            body.append([row["name"] + "*" * row["paper"], str(row["members"]), *costs, *cells])
+        print(table(["strategy", "members", "trainings", "serving", "space", *names], body))
+    for row in result["rows"]:
+        if row["refused"] is not None:
+            print(f"refused: {row['name']}: {row['refused']}")
+    save_json(out / "frontier.json", result)
+    if output is not None:
+        # what `byline recommend` goes by; a shipped figure has three digits
+        kept = {**result, "output": output, "environment": environment()}
+        save_json(PUBLISHED / f"{setting_name}.json", json.loads(json.dumps(kept), parse_float=_rounded))
+    plot(out / "frontier.html", setting_name, rows, ceiling)
+    print(f"\nwritten to {out / 'frontier.json'} and {out / 'frontier.html'}")
+
+
+def _rounded(text: str) -> float:
+    return float(f"{float(text):.4g}")
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    return f"{_mean(values):.3f}" + (f" ±{statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+AXES: tuple[tuple[str, str, Callable[[dict[str, Any]], float]], ...] = (
+    ("training, in full trainings", "trainings", lambda row: row["trainings"]),
+    ("serving a query, FLOPs", "serving", lambda row: row["serving"]),
+    ("space, bytes", "space", lambda row: row["space"]),
+)
+
+
+def plot(path: Path, name: str, rows: list[dict[str, Any]], ceiling: float | None) -> None:
+    """Three Pareto fronts: hollow circles are the paper's strategies as it has them, filled ones the others."""
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(rows=3, cols=1, subplot_titles=[title for title, _, _ in AXES], vertical_spacing=0.08)
+    points = []
+    for row in rows:
+        best = max(row["lds"], key=lambda variant, row=row: _mean(row["lds"][variant]))
+        for variant in dict.fromkeys(("unweighted mean", best)):
+            if variant in row["lds"]:
+                own = row["paper"] and variant == "unweighted mean"
+                points.append((row, variant, _mean(row["lds"][variant]), own))
+    for place, (_, _, value) in enumerate(AXES, 1):
+        for paper in (True, False):
+            some, colour = [p for p in points if p[3] == paper], "#888" if paper else "#06c"
+            figure.add_scatter(
+                x=[value(p[0]) for p in some], y=[p[2] for p in some], mode="markers", row=place, col=1,
+                marker={"symbol": "circle-open" if paper else "circle", "size": 9, "color": colour},
+                text=[f"{p[0]['name']}<br>{p[1]}<br>LDS {p[2]:.3f}" for p in some], hoverinfo="text",
+                name="the paper's strategies" if paper else "others and variants", showlegend=place == 1,
+            )  # fmt: skip
+            front = [some[i] for i in pareto_front([(value(p[0]), p[2]) for p in some])]
+            figure.add_scatter(
+                x=[value(p[0]) for p in front], y=[p[2] for p in front], mode="lines", row=place, col=1,
+                line={"shape": "hv", "dash": "dot", "color": colour}, showlegend=False,
+                hoverinfo="skip",
+            )  # fmt: skip
+        figure.update_xaxes(type="log", row=place, col=1)
+        figure.update_yaxes(title_text="LDS", row=place, col=1)
+        if ceiling:
+            figure.add_hline(y=ceiling, line_dash="dash", line_color="#bbb", row=place, col=1)
+    figure.update_layout(height=1500, width=900, title=f"{name}: the frontier", template="plotly_white")
+    figure.write_html(path, include_plotlyjs=True)
+
+
+def setting_of(name: str) -> Any:
+    """A setting of the library, or a case of ``bench/damping.py``."""
+    from damping import cases
+
+    if name in settings.names() or name not in cases():
+        return settings.get(name)
+    load, build, recipe, output = cases()[name]
+    return Setting(name, "a case of bench/damping.py", load, build, recipe, output=output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", default="digits-mlp")
+    parser.add_argument("--out", type=Path, help="run folder; runs/frontier/<setting> by default")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="strategies whose name contains one of these")
+    parser.add_argument("--max-members", type=int, default=0, help="leave out strategies of more members")
+    parser.add_argument("--max-runs", type=int, default=0, help="leave out strategies of more training runs")
+    parser.add_argument("--hessians", nargs="*", default=["unweighted", "weighted"])
+    parser.add_argument("--other-bank", action="store_true", help="a second ground truth beside the setting's own")
+    parser.add_argument("--again", action="store_true", help="make records that are there again")
+    parser.add_argument("--publish", action="store_true", help="keep the result in the package, for byline recommend")
+    parser.add_argument("--table", action="store_true", help="only show what is there")
+    options = parser.parse_args()
+    out = options.out or ROOT / "runs" / "frontier" / options.setting
+    setting = setting_of(options.setting)
+    if not options.table:
+        run(options, setting, out)
+    shop = Workshop(setting, out, lambda sentence: None, progress=False)
+    path = out / f"bank-{shop.key(part='bank', recipe=asdict(setting.bank_recipe))}.safetensors"
+    ceiling = noise_ceiling(byline.Bank.load(path))[1] if path.exists() else None
+    output = setting.task().name if options.publish else None
+    report(out, options.setting, None if ceiling is None or math.isnan(ceiling) else ceiling, output)
+
+
+if __name__ == "__main__":
+    main()

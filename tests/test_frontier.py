@@ -1,0 +1,87 @@
+"""bench/frontier.py: what it measures is what the library gives, and a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import byline
+import reference as ref
+from test_bench import small
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+frontier = pytest.importorskip("frontier")
+
+
+@pytest.fixture(scope="module")
+def setting():
+    made = small()
+    return replace(made, recipe=replace(made.recipe, epochs=10))
+
+
+def options(**given):
+    plain = {"seeds": 1, "only": None, "max_members": 0, "max_runs": 0, "again": False, "other_bank": False}
+    return SimpleNamespace(**{**plain, "hessians": ["unweighted", "weighted"], **given})
+
+
+@pytest.mark.parametrize("strategy", [s for s in frontier.STRATEGIES if s.members() <= 6 and not s.change])
+def test_every_variant_is_what_the_library_gives(setting, tmp_path, strategy):
+    strategy = replace(strategy, columns=min(strategy.columns, 20))
+    ensemble, training, weights = frontier.Trainers(setting, tmp_path, 0).ensemble(strategy)
+    assert len(ensemble) == strategy.members()
+    assert training.flops > 0
+    assert weights > 0
+    features = byline.Factorized(strategy.columns, basis="pca") if strategy.columns else byline.Exact()
+    shared = {"features": features, "progress": False}
+    for hessian in ("unweighted", "weighted"):
+        studied = frontier.Studied(setting.task(), ensemble, hessian=hessian, **shared).fit(setting.train_set)
+        kernel = studied.study(setting.test_set)
+        found = studied.residuals_of_each()
+        assert ("out-of-sample" in found) == bool(strategy.parts)
+        for residual, q in found.items():
+            plain = byline.TRAK(setting.task(), ensemble, hessian=hessian, residual=residual, **shared)
+            ref.assert_close(kernel * q.numpy(), plain.fit(setting.train_set).attribute(setting.test_set).values)
+
+
+def test_a_killed_run_goes_on_and_the_table_needs_no_models(setting, tmp_path, capsys):
+    only = ["independent 1", "short halves 2", "forward-only 1×10"]
+    frontier.run(options(only=only), setting, tmp_path)
+    first = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "records").iterdir()}
+    assert "short-halves-2-0.json" in first
+    (tmp_path / "records" / "short-halves-2-0.json").unlink()
+    frontier.run(options(only=only), setting, tmp_path)
+    second = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "records").iterdir()}
+    assert {name for name in first if first[name] != second[name]} == {"short-halves-2-0.json"}
+    capsys.readouterr()
+    frontier.report(tmp_path, setting.name, None)
+    said = capsys.readouterr().out
+    assert "CHOSEN on it" in said
+    frontier.report(tmp_path, "fashion-mlp", 0.8)
+    assert "JUDGED on it. Noise ceiling 0.800" in capsys.readouterr().out
+    assert "independent 1*" in said
+    result = json.loads((tmp_path / "frontier.json").read_text())
+    row = next(row for row in result["rows"] if row["name"] == "short halves 2")
+    assert row["trainings"] == pytest.approx(1 / 2, rel=0.2), "two halves of half the epochs"
+    assert "weighted out-of-sample" in row["lds"]
+    assert (tmp_path / "frontier.html").stat().st_size > 10**5
+
+
+def test_what_a_setting_refuses_is_a_row_that_says_so(setting, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ValueError("no dropout here")
+
+    monkeypatch.setattr(frontier, "measure", refuse)
+    frontier.run(options(only=["1 short run"]), setting, tmp_path)
+    assert json.loads((tmp_path / "records" / "1-short-run-0.json").read_text())["refused"] == "no dropout here"
+    assert frontier.summary(tmp_path)["rows"][0]["refused"] == "no dropout here"
+
+
+def test_strategies_have_names_of_their_own():
+    assert len({s.slug for s in frontier.STRATEGIES}) == len(frontier.STRATEGIES)
+    assert np.all([s.paper for s in frontier.STRATEGIES if s.name.startswith(("independent", "LoRA", "forward"))])

@@ -1,0 +1,126 @@
+"""Advice is what the measurements say, within the budget, and its code runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from typer.testing import CliRunner
+
+import byline
+from byline.cli import app
+from byline.recommend import budget, measured, recommend
+
+PLAIN = {
+    "runs": 1, "length": "full", "checkpoints": 0, "parts": 0, "cycles": 0, "change": "", "each": 1, "options": {},
+    "columns": 0, "validation": 0.0, "paper": True,
+}  # fmt: skip
+
+
+def row(name, trainings, serving, space, lds, **strategy):
+    strategy = {**PLAIN, "name": name, **strategy}
+    return {
+        "name": name, "trainings": trainings, "serving": serving, "space": space, "strategy": strategy,
+        "refused": None, "lds": lds,
+    }  # fmt: skip
+
+
+def setting(name, output="classification", ceiling=0.8, scale=1.0):
+    return {
+        "setting": name,
+        "output": output,
+        "ceiling": ceiling,
+        "rows": [
+            row("independent 1", 1, 10, 100, {"unweighted mean": [0.2 * scale, 0.3 * scale]}),
+            row("independent 5", 5, 50, 500, {"unweighted mean": [0.5 * scale, 0.5 * scale]}, runs=5),
+            row(
+                "checkpoints", 0.33, 30, 300,
+                {"unweighted mean": [0.4 * scale], "weighted sqrt": [0.6 * scale]}, length="short", checkpoints=3,
+            ),
+            row("masks", 1, 100, 100, {"unweighted mean": [0.7 * scale]}, change="dropout", each=2, options={"p": 0.5}),
+            {"name": "refused", "strategy": PLAIN, "refused": "no"},
+        ],
+    }  # fmt: skip
+
+
+def test_the_best_within_the_budget():
+    data = {"a": setting("a")}
+    assert [a.strategy for a in recommend("a", {}, data=data)] == ["masks", "checkpoints", "independent 5"]
+    one = recommend("a", {"trainings": 1, "serving": 1}, data=data)
+    assert [a.strategy for a in one] == ["checkpoints", "independent 1"]
+    assert (one[0].hessian, one[0].residual) == ("weighted", "sqrt")
+    assert one[0].share == pytest.approx(0.6 / 0.8)
+    assert (one[0].serving, one[0].space) == (pytest.approx(0.6), pytest.approx(0.6))
+    assert (one[1].low, one[1].high) == (0.2, 0.3)
+    assert one[0].reason == "number 1 of 2 strategies within the budget; independent models alone reach 31%"
+    assert "beyond it" in recommend("a", {"trainings": 0.5}, data=data)[0].reason
+    assert len(recommend("a", {}, count=1, data=data)) == 1
+    with pytest.raises(ValueError, match="nothing measured is within it; the least there is"):
+        recommend("a", {"trainings": 0.1}, data=data)
+    with pytest.raises(ValueError, match="c was not measured; expected one of a"):
+        recommend("c", {}, data=data)
+
+
+def test_a_task_is_advised_by_settings_like_it():
+    data = {"a": setting("a"), "b": setting("b", scale=0.5), "r": setting("r", "regression", scale=0.1)}
+    task = byline.Task(nn.Linear(3, 2).eval())
+    found = recommend(task, {}, data=data)
+    assert found[0].settings == ("a", "b")
+    assert [a.strategy for a in found] == ["checkpoints", "independent 5", "independent 1"], "it has no dropout layer"
+    assert (found[0].low, found[0].high) == (pytest.approx(0.3), pytest.approx(0.6))
+    other = byline.Task(nn.Linear(3, 2).eval(), output=lambda m, b: m(b[0])[:, 0])
+    assert recommend(other, {}, data=data)[0].settings == ("a", "b", "r")
+
+
+@pytest.mark.parametrize("text", ["trainings", "trainings=x", "trainings=0", "money=3", "trainings=nan"])
+def test_budgets_are_checked(text):
+    with pytest.raises(ValueError, match="expected numbers above 0 such as trainings=1"):
+        budget(text)
+    assert budget("trainings=1, space=0.5") == {"trainings": 1.0, "space": 0.5}
+
+
+def test_what_ships_is_there_and_every_advice_runs():
+    data = measured()
+    assert "digits-mlp" in data
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 6, generator=generator)
+    train_set = TensorDataset(x, (x[:, 0] > 0).long())
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 2)).eval()
+    scope = {
+        "byline": byline,
+        "dataclasses": dataclasses,
+        "task": byline.Task(model),
+        "train_set": train_set,
+        "recipe": byline.Recipe(lr=0.05, batch_size=40, epochs=30),
+    }
+    advice = recommend("digits-mlp", {}, count=100)
+    assert len(advice) > 20
+    tried: set[str] = set()
+    for one in advice:
+        shape = re.sub(r"[0-9.]+", "0", one.code)
+        if shape in tried or "models=25" in one.code:
+            continue  # the same code with other numbers
+        tried.add(shape)
+        here = dict(scope)
+        exec(one.code, here)
+        assert here["attributor"].n_train_ == 40, one.strategy
+
+
+def test_on_the_command_line(tmp_path, monkeypatch):
+    done = CliRunner().invoke(app, ["recommend", "digits-mlp", "--budget", "trainings=1", "--count", "1"])
+    assert done.exit_code == 0, done.output
+    assert "train_ensemble(task, train_set, recipe" in done.output
+    assert "of the noise ceiling" in done.output
+    (tmp_path / "mine.py").write_text(
+        "import byline\nfrom torch import nn\ndef task():\n    return byline.Task(nn.Linear(3, 2).eval())\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["recommend", "mine:task", "--json"])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(app, ["recommend", "digits-mlp", "--budget", "trainings=0.0001"])
+    assert done.exit_code == 1
+    assert "nothing measured is within it" in done.output
