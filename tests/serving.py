@@ -140,15 +140,15 @@ def counted(client: Client, metric: str) -> float:
 
 
 @contextmanager
-def in_thread(made: Served, limits: Any = None) -> Iterator[tuple[Client, Any]]:
+def in_thread(made: Served, limits: Any = None, port: int = 0, **options: Any) -> Iterator[tuple[Client, Any]]:
     """A service with a socket in a thread of this process, and its application."""
     import uvicorn
 
     from byline.serve.app import create_app
     from byline.serve.server import Server
 
-    app = create_app(made, limits)
-    listener = socket.create_server(("127.0.0.1", 0))
+    app = create_app(made, limits, **options)
+    listener = socket.create_server(("127.0.0.1", port))
     server = Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=30))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     url = "http://{}:{}".format(*listener.getsockname())

@@ -28,7 +28,7 @@ from byline.methods.influence import Influence
 from byline.methods.mean import RunningMean
 from byline.methods.trak import TRAK
 from byline.serve.contract import Served
-from byline.serve.worker import Items
+from byline.serve.worker import Items, Refused
 
 Array = np.ndarray
 
@@ -112,6 +112,11 @@ class Explorer:
             return None
         return self._forward(item, with_output=False)[1]
 
+    def classes(self) -> int:
+        """How many classes the model tells apart."""
+        batch = self.attributor._bench.probe
+        return int(self.attributor.task.natural(self.attributor._bench.model, batch)[0].shape[-1])
+
     def moved(self, index: int) -> tuple[Array, Array]:
         """The scores of one training example for every known example, and their errors, each (known,)."""
         a = self.attributor
@@ -156,6 +161,8 @@ class Explorer:
         deviations, factor = self._deviations(votes, weights), mean.error_factor
         values, errors = a._finish(mean)
         output, predicted = self._forward(item)
+        if not np.isfinite(values).all():
+            raise Refused("the example has scores that are not finite")
         known = np.isfinite(factor)
         return Said(values[0], errors[0], deviations if known else None, weights, factor, output, predicted)
 

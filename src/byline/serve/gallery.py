@@ -49,7 +49,13 @@ class Gallery:
 
     def columns(self) -> dict[str, Any]:
         """Labels and owners of all examples: distinct texts, and the place of each example's among them."""
-        return {"labels": _coded(self.labels), "owners": _coded(self.owners)}
+        said = self.shown.predicted
+        predicted = None if said is None else [_text(value) for value in said]
+        return {"labels": _coded(self.labels), "owners": _coded(self.owners), "predicted": _coded(predicted)}
+
+    def called(self, index: int) -> str | None:
+        """An example's name."""
+        return None if self._names is None else _text(self._names[index])
 
     def one(self, index: int, whole: bool = False) -> dict[str, Any]:
         """An example: in short, as in a list, or as much as there is room for."""
@@ -63,7 +69,7 @@ class Gallery:
         told = None if self.about is None else self.about(index)
         return {
             "index": index,
-            "name": None if self._names is None else _text(self._names[index]),
+            "name": self.called(index),
             "label": None if self.labels is None else self.labels[index],
             "owner": None if self.owners is None else self.owners[index],
             "predicted": None if shown.predicted is None else _text(shown.predicted[index]),

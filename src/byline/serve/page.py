@@ -13,6 +13,7 @@ from fastapi import APIRouter, Path, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
+from byline import report
 from byline.serve.answers import Json, Problem, Unfit, problem, waited
 from byline.serve.client import encode
 from byline.serve.contract import Served
@@ -23,6 +24,7 @@ from byline.serve.limits import Limits
 from byline.serve.worker import Refused, Worker
 
 ASSETS = Folder(__file__).parent / "assets"
+STYLE = Folder(report.__file__).parent / "assets" / "report.css"
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -34,6 +36,7 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 _LISTED = 200  # examples that are described at once
+_NAMED = 5000  # examples that are named at once
 _CLASSES = 1000  # at most so many outputs to choose from
 
 
@@ -62,6 +65,13 @@ class Removal(BaseModel):
     model_config = ConfigDict(extra="forbid")
     question: Question
     removed: list[Annotated[StrictInt, Field(ge=0, lt=2**63)]]
+
+
+class Names(BaseModel):
+    """Which training examples are named."""
+
+    model_config = ConfigDict(extra="forbid")
+    places: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**63)]], Field(max_length=_NAMED)]
 
 
 class Listing(BaseModel):
@@ -96,6 +106,7 @@ def explorer_routes(
     if upload is None and served.decode is None and isinstance(template, Template):
         upload, takes = template.row(), "row"
     classified = attributor.task.name == "classification" and _labelled(attributor._train_set[0])
+    classes = min(_CLASSES, explorer.classes()) if classified else 0
     refusals: dict[int | str, Any] = {429: {"model": Problem}, 503: {"model": Problem}}
     routes = APIRouter(include_in_schema=True)
 
@@ -131,7 +142,7 @@ def explorer_routes(
                     chosen = _relabelled(item, explorer.predict(item) or 0)
                 return chosen, explorer.said(chosen)
             except Exception as error:
-                raise worker.reason([chosen], error) from None
+                raise error if isinstance(error, Refused) else worker.reason([chosen], error) from None
 
         return await waited(request, worker.call(work), limits)
 
@@ -158,7 +169,7 @@ def explorer_routes(
                 "own": own,
                 "output": _words(attributor.task.name),
                 "classified": classified,
-                "classes": [str(name) for name in served.classes][:_CLASSES] if classified else [],
+                "classes": [train.name(label) for label in range(classes)],
                 "unit": explorer.unit,
                 "takes": takes if upload is not None else None,
                 "form": form,
@@ -182,6 +193,13 @@ def explorer_routes(
             return problem(404, f"there are {gallery.n} examples of this kind")
         found = await asyncio.to_thread(lambda: [gallery.one(place, listing.whole) for place in listing.places])
         return Json({"examples": found})
+
+    @routes.post("/v1/explore/names")
+    async def names(asked_for: Names) -> Response:
+        """What training examples are called; null where they have no names."""
+        if any(place >= train.n for place in asked_for.places):
+            return problem(404, f"there are {train.n} training examples")
+        return Json({"names": [train.called(place) for place in asked_for.places]})
 
     @routes.post("/v1/explore/scores", responses=refusals)
     async def scores(question: Question, request: Request) -> Response:
@@ -226,8 +244,9 @@ def explorer_routes(
 
 
 def _asset(name: str) -> Response:
-    path = ASSETS / name
-    if path.parent != ASSETS or path.suffix not in KINDS or not path.is_file():
+    # the page looks as reports do
+    path = STYLE if name == STYLE.name else ASSETS / name
+    if path.parent not in (ASSETS, STYLE.parent) or path.suffix not in KINDS or not path.is_file():
         return problem(404, "Not Found")
     return Response(path.read_bytes(), media_type=KINDS[path.suffix], headers=HEADERS)
 
