@@ -141,8 +141,11 @@ def explorer_routes(
                     # nobody said what it is: what the model makes of it is explained
                     chosen = _relabelled(item, explorer.predict(item) or 0)
                 return chosen, explorer.said(chosen)
+            except Refused:
+                raise
             except Exception as error:
-                raise error if isinstance(error, Refused) else worker.reason([chosen], error) from None
+                why = worker.reason([chosen], error)
+                raise Refused(str(why).replace("examples[0]", "the example")) if isinstance(why, Refused) else why from None
 
         return await waited(request, worker.call(work), limits)
 

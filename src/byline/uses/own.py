@@ -124,7 +124,7 @@ def picture(data: bytes, height: int, width: int, mode: str = "RGB") -> np.ndarr
         with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
             if opened.width * opened.height > _PIXELS:
                 raise ValueError(f"the picture has {opened.width} × {opened.height} pixels; expected at most {_PIXELS}")
-            return np.asarray(opened.convert(mode).resize((width, height), Image.Resampling.BILINEAR))
+            return np.array(opened.convert(mode).resize((width, height), Image.Resampling.BILINEAR))
     except (UnidentifiedImageError, Image.DecompressionBombError):
         raise ValueError("the file is no picture that can be read; expected PNG, JPEG, WebP, GIF or BMP") from None
     except (OSError, SyntaxError) as error:
