@@ -7,12 +7,14 @@ a zero byte. https://chromedevtools.github.io/devtools-protocol/
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
-import subprocess
+import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +47,18 @@ class Browser:
     def __init__(self, folder: Path):
         command_read, command_write = os.pipe()
         answer_read, answer_write = os.pipe()
-        # the browser has them as 3 and 4, whatever they are here
+        # above what they become, so that neither is overwritten before it is copied
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (command_read, answer_write)]
+        actions: list[tuple[Any, ...]] = [
+            (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+            (os.POSIX_SPAWN_DUP2, ends[0], 3),
+            (os.POSIX_SPAWN_DUP2, ends[1], 4),
+        ]
         arguments = [chromium(), *FLAGS, f"--user-data-dir={folder / 'profile'}", "about:blank"]
-        shell = ["sh", "-c", f'exec "$@" 3<&{command_read} 4>&{answer_write}', "sh", *arguments]
-        self.process = subprocess.Popen(
-            shell, pass_fds=(command_read, answer_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        os.close(command_read)
-        os.close(answer_write)
+        self.process = os.posix_spawn(arguments[0], arguments, dict(os.environ), file_actions=actions)
+        for end in (command_read, answer_write, *ends):
+            os.close(end)
         self._out, self._in = os.fdopen(command_write, "wb", 0), os.fdopen(answer_read, "rb", 0)
         self._number = 0
         self._answers: dict[int, dict[str, Any]] = {}
@@ -103,10 +109,14 @@ class Browser:
         """End it."""
         try:
             self.call("Browser.close")
-            self.process.wait(10)
-        except (AssertionError, OSError, subprocess.TimeoutExpired):
-            self.process.kill()
-            self.process.wait()
+            end = time.monotonic() + 10
+            while not os.waitpid(self.process, os.WNOHANG)[0]:
+                assert time.monotonic() < end, "the browser does not end"
+                time.sleep(0.02)
+        except (AssertionError, OSError):
+            with suppress(OSError):
+                os.kill(self.process, signal.SIGKILL)
+                os.waitpid(self.process, 0)
 
 
 class Page:
@@ -125,13 +135,13 @@ class Page:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def until(self, script: str, seconds: float = 20) -> Any:
+    def until(self, script: str, seconds: float = 20) -> None:
         """Wait for an expression to be true."""
         end = time.monotonic() + seconds
-        while not (found := self.run(script)):
+        # a page that is just loading has no elements yet
+        while not self.run(f"(() => {{ try {{ return Boolean({script}); }} catch {{ return false; }} }})()"):
             assert time.monotonic() < end, f"never: {script}\n{self.run('document.body.innerText')[:1500]}"
             time.sleep(0.03)
-        return found
 
     def text(self, selector: str) -> str:
         """What an element says."""
