@@ -1,7 +1,7 @@
 """A real Chromium, driven over its debugging pipe: no driver program, no further package.
 
-Commands of the DevTools protocol go to the browser's file descriptor 3 and answers come from 4, each JSON that ends with
-a zero byte. https://chromedevtools.github.io/devtools-protocol/
+Commands of the DevTools protocol go to the browser's file descriptor 3 and answers come from 4, each JSON that ends
+with a zero byte. https://chromedevtools.github.io/devtools-protocol/
 """
 
 from __future__ import annotations
@@ -160,8 +160,9 @@ class Page:
     def click(self, selector: str) -> None:
         """Click into the middle of an element."""
         x, y = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'nearest'}});"
-            "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            "e.scrollIntoView({block: 'nearest'}); const r = e.getBoundingClientRect();"
+            "return [r.x + r.width / 2, r.y + r.height / 2]; })()"
         )
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)

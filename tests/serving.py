@@ -8,7 +8,6 @@ import logging
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -145,10 +144,11 @@ def in_thread(made: Served, limits: Any = None, port: int = 0, **options: Any) -
     import uvicorn
 
     from byline.serve.app import create_app
-    from byline.serve.server import Server
+    from byline.serve.server import Server, _address, _listen
 
     app = create_app(made, limits, **options)
-    listener = socket.create_server(("127.0.0.1", port))
+    listener = _listen(_address("127.0.0.1", port), "127.0.0.1", port)
+    listener.listen()
     server = Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=30))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     url = "http://{}:{}".format(*listener.getsockname())

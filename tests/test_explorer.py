@@ -126,9 +126,7 @@ def test_the_error_of_a_sum_where_q_is_averaged_apart_is_the_infinitesimal_jackk
 
     each, step = len(kernels), 1e-5
     # what a member's weight does to the sum, times the number of members, is its deviation to first order
-    apart = [
-        each * (total(np.ones(each) + step * np.eye(each)[m]) - total(np.ones(each))) / step for m in range(each)
-    ]
+    apart = [each * (total(np.ones(each) + step * np.eye(each)[m]) - total(np.ones(each))) / step for m in range(each)]
     want = np.sqrt(np.square(apart).sum() / (each * (each - 1)))
     value, error, bound = Explorer(ready).said(TESTS[2]).total(places)
     assert value == pytest.approx(total(np.ones(each)), rel=1e-4)
@@ -532,13 +530,13 @@ def test_pictures_are_served_and_brought(tmp_path):
         data = next((tmp_path / "photos" / "dark").iterdir()).read_bytes()
         found = client.post("/v1/explore/scores", json={"upload": file(data)}).json()
         assert found["label_name"] == found["predicted"] == "dark"
-        for data, says in (
+        for wrong, says in (
             (b"hello", "no picture"),
             (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no picture"),
             (data[: len(data) // 2], "damaged"),
             (b"", "no picture"),
         ):
-            answer = client.post("/v1/explore/scores", json={"upload": file(data)})
+            answer = client.post("/v1/explore/scores", json={"upload": file(wrong)})
             assert answer.status_code == 422
             assert says in answer.json()["error"], answer.text
 

@@ -103,7 +103,9 @@ def url():
 
 def opened(browser: Browser, url: str, **options: Any) -> Page:
     page = browser.open(url, **options)
-    page.until("document.querySelectorAll('#up .row img').length > 0 && document.querySelectorAll('#tests .row img').length")
+    page.until(
+        "document.querySelectorAll('#up .row img').length > 0 && document.querySelectorAll('#tests .row img').length"
+    )
     return page
 
 
@@ -135,7 +137,9 @@ def test_by_keyboard_alone(browser, url):
     # select the second proponent, and see what would change
     tab(page, "up")
     page.key("ArrowDown")
-    active = page.run("document.getElementById(document.querySelector('#up').getAttribute('aria-activedescendant')).ariaLabel")
+    active = page.run(
+        "document.getElementById(document.querySelector('#up').getAttribute('aria-activedescendant')).ariaLabel"
+    )
     assert "training example" in active
     assert "owner" in active
     assert "±" in active
@@ -180,8 +184,8 @@ def test_every_control_has_a_name_and_a_size_to_hit(browser, url):
     page.run("document.querySelector('#own').open = true")
     nameless = page.run(
         """[...document.querySelectorAll('button, input, select, textarea, [role=listbox], img')].filter((e) =>
-        e.offsetParent && !(e.ariaLabel || e.getAttribute('aria-labelledby') || e.labels?.length || e.alt !== undefined ||
-        e.textContent.trim())).map((e) => e.outerHTML)"""
+        e.offsetParent && !(e.ariaLabel || e.getAttribute('aria-labelledby') || e.labels?.length ||
+        e.alt !== undefined || e.textContent.trim())).map((e) => e.outerHTML)"""
     )
     assert nameless == []
     small = page.run(
@@ -199,13 +203,15 @@ def contrast(page: Page) -> list[str]:
     found: list[str] = page.run(
         """(() => {
         const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number).map((v) => v / 255)
-          .map((v) => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
+          .map((v) => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+          return .2126 * r + .7152 * g + .0722 * b; };
         const ground = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
           if (c.startsWith('rgb(')) return c; } return 'rgb(255, 255, 255)'; };
         return [...document.querySelectorAll('h1, h2, h3, p, small, label span, dt, dd, button, strong')].filter((e) =>
           e.offsetParent && e.innerText.trim() && !e.closest('.unsure')).filter((e) => {
           const a = light(getComputedStyle(e).color), b = light(ground(e));
-          return (Math.max(a, b) + .05) / (Math.min(a, b) + .05) < 4.5; }).map((e) => e.outerHTML.slice(0, 200)); })()"""
+          return (Math.max(a, b) + .05) / (Math.min(a, b) + .05) < 4.5; })
+          .map((e) => e.outerHTML.slice(0, 200)); })()"""
     )
     return found
 
@@ -235,8 +241,9 @@ def test_on_a_phone(browser, url):
     shot(page, "phone-answer")
     # all of a row is inside it
     outside = page.run(
-        """[...document.querySelectorAll('#up .row > *')].filter((e) => e.offsetParent && (e.getBoundingClientRect().right >
-        document.querySelector('#up').getBoundingClientRect().right + 1)).map((e) => e.outerHTML)"""
+        """[...document.querySelectorAll('#up .row > *')].filter((e) => e.offsetParent &&
+        (e.getBoundingClientRect().right > document.querySelector('#up').getBoundingClientRect().right + 1))
+        .map((e) => e.outerHTML)"""
     )
     assert outside == []
     page.run("document.querySelector('#up .what').click()")
@@ -251,9 +258,9 @@ def test_on_a_phone(browser, url):
 
 def change_to(page: Page, field: str, value: str) -> None:
     page.run(
-        f"(() => {{ const e = document.querySelector('{field}'); if (e.type === 'checkbox') e.checked = {json.dumps(value)} "
-        f"!== ''; else e.value = {json.dumps(value)}; e.dispatchEvent(new Event('change')); "
-        "e.dispatchEvent(new Event('input')); })()"
+        f"(() => {{ const e = document.querySelector('{field}'); "
+        f"if (e.type === 'checkbox') e.checked = {json.dumps(value)} !== ''; else e.value = {json.dumps(value)}; "
+        "e.dispatchEvent(new Event('change')); e.dispatchEvent(new Event('input')); })()"
     )
 
 
@@ -400,7 +407,7 @@ def test_hostile_texts_are_texts(browser):
         shown = page.run("document.body.textContent")
         for part in (HOSTILE + "all", HOSTILE + "0"):
             assert part in shown
-        assert page.run("document.title") .startswith("</script>")
+        assert page.run("document.title").startswith("</script>")
         page.click("#one-select")
         page.click("#one-close")
         text = exported(page, "#csv")
@@ -449,7 +456,9 @@ def test_when_the_server_goes_away(browser):
     page.until("!document.querySelector('#away').hidden")
     # another training set behind the same address: the page begins anew
     with in_thread(other(), port=port):
-        page.until("document.querySelector('#away').hidden && window.mine === undefined && document.querySelector('#up .row')")
+        page.until(
+            "document.querySelector('#away').hidden && window.mine === undefined && document.querySelector('#up .row')"
+        )
         assert "40" in page.text("#facts")
 
 
@@ -513,12 +522,14 @@ def test_two_hundred_thousand_training_examples(browser):
         page.until(f"document.querySelector('#up-{counts[0] - 1} .snippet')")
         inside = page.run(
             f"(() => {{ const a = document.querySelector('#up-{counts[0] - 1}').getBoundingClientRect(), "
-            "b = document.querySelector('#up').getBoundingClientRect(); return a.bottom <= b.bottom + 2 && a.top >= b.top; })()"
+            "b = document.querySelector('#up').getBoundingClientRect(); "
+            "return a.bottom <= b.bottom + 2 && a.top >= b.top; })()"
         )
         assert inside
         seconds = page.run(
             """(() => { const begun = performance.now(), e = document.querySelector('#owner-text');
-            e.value = 'owner 77'; e.dispatchEvent(new Event('input')); document.querySelector('#up .row').getBoundingClientRect();
+            e.value = 'owner 77'; e.dispatchEvent(new Event('input'));
+            document.querySelector('#up .row').getBoundingClientRect();
             return (performance.now() - begun) / 1000; })()"""
         )
         assert seconds < 1

@@ -214,7 +214,7 @@ def mislabels(
     "or   byline serve runs/x --task my_project:served"
 )
 def serve(
-    store: Annotated[Path, typer.Argument(help="A run of demo or bench, or a folder; what it lacks is computed first.")],
+    store: Annotated[Path, typer.Argument(help="A run of demo or bench, or a folder; what it lacks is made first.")],
     task: Annotated[
         str | None, typer.Option(help="module:object, a byline.serve.Served or a function that returns one.")
     ] = None,
@@ -249,7 +249,14 @@ def serve(
             raise ValueError(str(error)) from None
         logs.configure()
         limits = Limits(body=max_body, batch=max_batch, k=max_k, queue=max_queue, seconds=timeout)
-        where = {"host": host, "port": port, "token": token, "rows": rows, "limits": limits, "page": page}
+        where: dict[str, Any] = {
+            "host": host,
+            "port": port,
+            "token": token,
+            "rows": rows,
+            "limits": limits,
+            "page": page,
+        }
         if task is not None and data is not None:
             raise ValueError("--task and --data were given; expected one of them")
         if label is not None and data is None:

@@ -70,28 +70,24 @@ class Template:
 
         def read(data: bytes) -> Any:
             values = _numbers(data, length)
-            if not rest:
-                return self(values if not isinstance(self.root, _Parts) else [values])
+            if not isinstance(self.root, _Parts):
+                return self(values)
             # the label of what is brought is what the model makes of it, or what is chosen on the page
-            whole = [values, 0]
-            return self(whole if getattr(self.root, "made", list) is not dict else _named(self.root, whole))
+            whole = [values, 0][: len(parts)]
+            return self(dict(zip(self.root.parts, whole, strict=True)) if self.root.made is dict else whole)
 
         return read
-
-
-def _named(root: _Node, values: list[Any]) -> dict[str, Any]:
-    assert isinstance(root, _Parts)
-    return dict(zip(root.parts, values, strict=True))
 
 
 def _numbers(data: bytes, length: int) -> list[float]:
     """The numbers of the last line of a CSV file of one row, with or without a header."""
     try:
-        lines = [line for line in csv.reader(io.StringIO(data.decode("utf-8-sig"))) if any(part.strip() for part in line)]
+        read = csv.reader(io.StringIO(data.decode("utf-8-sig")))
+        lines = [line for line in read if any(part.strip() for part in line)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"the file is no CSV that can be read: {error}") from None
     if not 1 <= len(lines) <= 2:
-        raise ValueError(f"the file has {len(lines)} lines; expected one row of {length} numbers, and a header if you like")
+        raise ValueError(f"the file has {len(lines)} lines; expected one row of {length} numbers")
     if len(lines[-1]) != length:
         raise ValueError(f"the row has {len(lines[-1])} values; expected {length} numbers")
     try:

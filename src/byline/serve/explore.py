@@ -43,7 +43,7 @@ class Said:
     Attributes:
         values: (n_train,) float32 scores.
         stderr: (n_train,) float32; NaN with one member.
-        deviations: (voters, n_train) float32 how far each is from the mean, to first order; None where that is not known.
+        deviations: (voters, n_train) float32 how far each is from the mean, to first order; None where not known.
         weights: (voters,) what each weighs.
         factor: c above.
         output: the output now, the mean over the members that have gradients of their own.

@@ -145,7 +145,9 @@ def explorer_routes(
                 raise
             except Exception as error:
                 why = worker.reason([chosen], error)
-                raise Refused(str(why).replace("examples[0]", "the example")) if isinstance(why, Refused) else why from None
+                if isinstance(why, Refused):
+                    why = Refused(str(why).replace("examples[0]", "the example"))
+                raise why from None
 
         return await waited(request, worker.call(work), limits)
 

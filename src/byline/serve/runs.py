@@ -8,6 +8,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def setting_of(folder: Path) -> Setting:
             raise ValueError(f"{path} is no result of a setting: {error}") from None
         if name not in names():
             raise ValueError(f"{path} is of the setting {name!r}; there are {', '.join(names())}")
-        options = dict(zip(command, command[1:], strict=False))
+        options = dict(pairwise(command))
         width = options.get("--width", "")
         data = Path(options["--data"]) if "--data" in options else None
         setting = get(name).variant(data, int(width) if width.isdigit() else None)
@@ -106,7 +107,9 @@ def of_files(data: str | os.PathLike[str], label: str | None, folder: str | os.P
     Raises:
         ValueError: what `byline.uses.read_images` and `read_table` refuse.
     """
-    found = own.read(data, label)
+    found = own.read(Path(data), label)
+    assert found.encode is not None, "what is read from files can be brought as a file"
+    encode = found.encode
     order = np.random.default_rng(0).permutation(len(found.labels))
     held = max(1, len(order) // 5)
     test, train = np.sort(order[:held]), np.sort(order[held:])
@@ -123,7 +126,7 @@ def of_files(data: str | os.PathLike[str], label: str | None, folder: str | os.P
         train=_shown_of_files(found, train),
         test=_shown_of_files(found, test, [found.class_names[label] for label in said]),
         classes=found.class_names,
-        upload=lambda data: (found.encode(data), torch.tensor(0)),
+        upload=lambda data: (encode(data), torch.tensor(0)),
         takes="image" if found.pictures is not None else "row",
     )
 

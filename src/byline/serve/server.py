@@ -117,7 +117,9 @@ def _address(host: str, port: int) -> tuple[int, Any]:
 
 
 def _listen(address: tuple[int, Any], host: str, port: int) -> socket.socket:
-    made = socket.socket(address[0], socket.SOCK_STREAM)
+    # asyncio turns Nagle's algorithm off where a socket says that it is TCP; head and body of an answer are two writes,
+    # and the second would wait for 40 ms
+    made = socket.socket(address[0], socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address[1])

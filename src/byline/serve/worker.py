@@ -1,7 +1,7 @@
 """The one thread that scores: members take turns on one copy of the model, so requests wait for one another.
 
-Whatever else needs the model waits in the same queue, and is done by itself. Of the examples to rank, whatever waits when the thread becomes free is scored together, up to the limit of a batch: one pass over the training
-examples then serves several requests.
+Whatever waits when the thread becomes free is scored together, up to the limit of a batch: one pass over the training
+examples then serves several requests. What the explorer asks waits in the same queue, and is done by itself.
 """
 
 from __future__ import annotations

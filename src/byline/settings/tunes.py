@@ -196,7 +196,7 @@ def shortened(setting: Setting, width: int = 32) -> Setting:
         build=partial(build, **sizes, width=width),
         owners=partial(owners, **sizes),
         texts=partial(texts, **sizes),
-        read_text=partial(read_text, **sizes),
+        read_text=partial(read_text, train=sizes["train"], test=sizes["test"]),
         source=partial(source, **sizes),
         recipe=replace(setting.recipe, epochs=4),
         bank_recipe=BankRecipe(subsets=10, seeds=2),

@@ -215,8 +215,8 @@ class _Column:
                 raise ValueError(f"column {self.name!r} has {given[:50]!r}; expected a number") from None
         value = given if given.strip() else "missing"
         if given.strip() and value not in self.values:
-            known = ", ".join(self.values[:10])
-            raise ValueError(f"column {self.name!r} has {given[:50]!r}, which no row of the table has; there are {known}")
+            there = f"which no row of the table has; there are {', '.join(self.values[:10])}"
+            raise ValueError(f"column {self.name!r} has {given[:50]!r}, {there}")
         return self.encode(pd.Series([value]))
 
 

@@ -166,7 +166,7 @@ function glance(one) {
 
 /** What it is called, and the beginning of what it says where it is no picture. */
 function what(head, one, ...more) {
-  const words = one && !one.picture ? one.text ?? one.cells.map(([name, value]) => `${name} ${value}`).join(" · ") : "";
+  const words = one && !one.picture ? one.text ?? one.cells.map(([name, value]) => (/^\d+$/.test(name) ? value : `${name} ${value}`)).join(" · ") : "";
   const small = more.filter(Boolean);
   return make("span", { class: "what" }, make("strong", { title: head }, head), ...small.map((text) => make("small", { title: text }, text)),
     words && make("span", { class: "snippet" }, words));
@@ -397,12 +397,17 @@ async function explain(question, file = null) {
     tell(`${$("h-question").textContent}. ${$("count-up").textContent}. Strongest: ${trainName(best, trainLooks.known.get(best))}.`);
   } catch (problem) {
     if (mine.signal.aborted || problem instanceof Away) return;
-    $(question.test === undefined ? "upload-refusal" : "refusal").textContent = sentence(problem);
+    refuse(question.test === undefined ? "upload-refusal" : "refusal", sentence(problem));
     state.question = state.answer?.question ?? null;
     tests.draw();
   } finally {
     if (asked === mine) $("question").setAttribute("aria-busy", "false");
   }
+}
+
+function refuse(where, words) {
+  $(where).textContent = words;
+  $(where).scrollIntoView({ block: "nearest" });
 }
 
 function sentence(problem) {
@@ -419,7 +424,7 @@ function showQuestion() {
   if (answer.shown.label) words.push("label ", make("strong", {}, answer.shown.label), " · ");
   if (answer.predicted !== null) words.push("the model says ", make("strong", {}, answer.predicted), " · ");
   words.push(about.classified ? "log-odds of " : `${about.output} `);
-  if (about.classified) words.push(answer.label_name ?? "its label", " ");
+  if (about.classified) words.push(make("bdi", {}, answer.label_name ?? "its label"), " ");
   words.push(make("strong", {}, figure(answer.output)), about.classified ? ` (${Math.round(100 / (1 + Math.exp(-answer.output)))} %)` : "", about.members > 1 ? ` in the mean of ${about.members} members` : " from one member: no error bars");
   $("question-words").replaceChildren(...words);
   $("explained-field").hidden = !about.classified || about.classes.length < 2;
@@ -515,6 +520,7 @@ function change() {
     $("chosen-change").textContent = "Select training examples to see what the model would say without them.";
     return;
   }
+  $("chosen-change").textContent = state.away ? "What the model would say without them is told when the service is back." : "Asking…";
   timer = setTimeout(askChange, 150);
 }
 
@@ -666,19 +672,18 @@ const megabytes = (bytes) => (bytes < 1e6 ? `${Math.ceil(bytes / 1e3)} kB` : `${
 async function bring(event) {
   event.preventDefault();
   const file = $("upload-file").files[0], typed = $("upload-text").value, json = $("upload-json").value.trim();
-  const refuse = (words) => { $("upload-refusal").textContent = words; };
-  refuse("");
+  $("upload-refusal").textContent = "";
   if (file) {
     const takes = TAKES[state.about.takes];
-    if (takes.kind && !takes.kind.test(file.type)) return refuse(`${file.name} is ${file.type || "of an unknown kind"}; expected a picture.`);
-    if (file.size > most()) return refuse(`${file.name} has ${megabytes(file.size)}; at most ${megabytes(most())} can be sent.`);
+    if (takes.kind && !takes.kind.test(file.type)) return refuse("upload-refusal", `${file.name} is ${file.type || "of an unknown kind"}; expected a picture.`);
+    if (file.size > most()) return refuse("upload-refusal", `${file.name} has ${megabytes(file.size)}; at most ${megabytes(most())} can be sent.`);
     await explain({ upload: { base64: encoded(new Uint8Array(await file.arrayBuffer())) } }, file.name);
   } else if (typed.trim()) await explain({ upload: { base64: encoded(new TextEncoder().encode(typed)) } }, "Your example");
   else if (json) {
     let example;
-    try { example = JSON.parse(json); } catch (problem) { return refuse(`That is no JSON: ${problem.message}.`); }
+    try { example = JSON.parse(json); } catch (problem) { return refuse("upload-refusal", `That is no JSON: ${problem.message}.`); }
     await explain({ example }, "Your example");
-  } else return refuse("Choose a file, or write an example.");
+  } else return refuse("upload-refusal", "Choose a file, or write an example.");
   if (!$("upload-refusal").textContent && !state.away) $("answer").focus();
 }
 
