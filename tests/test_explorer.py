@@ -438,6 +438,12 @@ def drawn(values: np.ndarray) -> bytes:
     return out.getvalue()
 
 
+@pytest.fixture
+def quiet(monkeypatch):
+    """The command's log would go on to a stream that ends with the test."""
+    monkeypatch.setattr("byline.serve.logs.configure", lambda: None)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -447,7 +453,7 @@ def drawn(values: np.ndarray) -> bytes:
         ('{"setting": {"name": "nothing"}}', "is of the setting 'nothing'; there are digits-mlp"),
     ],
 )
-def test_a_folder_that_is_no_run(tmp_path, content, says):
+def test_a_folder_that_is_no_run(tmp_path, quiet, content, says):
     if content is not None:
         (tmp_path / "results.json").write_text(content)
     done = CliRunner().invoke(cli, ["serve", str(tmp_path), "--port", "0"])
@@ -455,7 +461,7 @@ def test_a_folder_that_is_no_run(tmp_path, content, says):
     assert says in done.output.replace("\n", " ")
 
 
-def test_options_that_do_not_go_together(tmp_path):
+def test_options_that_do_not_go_together(tmp_path, quiet):
     for options, says in (
         (["--task", "a:b", "--data", "x"], "expected one of them"),
         (["--label", "x"], "--label is for the CSV file"),

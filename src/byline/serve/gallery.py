@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ class Gallery:
         self.owners = None if owners is None else [_text(value) for value in owners]
         self._names = self.shown.names if self.shown.names is not None else _noted(told, "name")
 
+    @cached_property
     def columns(self) -> dict[str, Any]:
         """Labels and owners of all examples: distinct texts, and the place of each example's among them."""
         said = self.shown.predicted

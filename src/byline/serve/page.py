@@ -187,7 +187,7 @@ def explorer_routes(
     async def columns() -> Response:
         """Labels and owners of all training examples, and labels of the examples to explain."""
         # texts of many examples take a while to sort
-        found = await asyncio.to_thread(lambda: {"train": train.columns(), "test": test.columns()})
+        found = await asyncio.to_thread(lambda: {"train": train.columns, "test": test.columns})
         return Json(found)
 
     @routes.post("/v1/explore/examples")
