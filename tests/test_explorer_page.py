@@ -246,6 +246,8 @@ def test_on_a_phone(browser, url):
         .map((e) => e.outerHTML)"""
     )
     assert outside == []
+    assert page.run("document.querySelector('#up .row .what').getBoundingClientRect().width") > 90
+    assert page.run("document.querySelector('#up .row .error').getBoundingClientRect().width") > 150
     page.run("document.querySelector('#up .what').click()")
     page.until("document.querySelectorAll('#moved button').length > 3")
     assert page.run("document.querySelector('#one').scrollWidth <= document.querySelector('#one').clientWidth")
