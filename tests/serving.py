@@ -210,7 +210,7 @@ def start(store: Path, task: str, *options: str, **environment: str) -> Running:
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")])
     return Running(
-        [sys.executable, "-m", "byline.cli", "serve", str(store), "--task", task, "--port", "0", *options],
+        [sys.executable, "-m", "byline.cli", "serve", str(store), "--task", task, "--port", "0", "--no-page", *options],
         cwd=here,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "BYLINE_TOKEN": "", **environment},
     )

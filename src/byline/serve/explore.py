@@ -12,7 +12,8 @@ same delta method, so that the error of removing one example is the error of its
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from byline.methods.base import Attributor, Voter
 from byline.methods.influence import Influence
 from byline.methods.mean import RunningMean
 from byline.methods.trak import TRAK
+from byline.scores import Scores
 from byline.serve.contract import Served
 from byline.serve.worker import Items, Refused
 
@@ -86,7 +88,9 @@ class Explorer:
         known = served.known
         self.known = known if len(known) <= KNOWN else Subset(known, range(KNOWN))
         self._said: OrderedDict[str, Said] = OrderedDict()
-        self._held: Any = None
+        self._queries: list[list[tuple[int, int, streaming.Query]]] = []
+        self._last = 0
+        self._matrix: Scores | None = None
 
     @property
     def unit(self) -> float | None:
@@ -122,12 +126,9 @@ class Explorer:
         a = self.attributor
         if not all(a._streams(voter) for voter in a._voters):
             return self._columns(index)
-        if self._held is None:
-            job, shared = a._job(self.known, "test_set", "output"), a._shared()
-            a._products = Products(shared)
-            # as many as there is room for, which for rows without a projection may be few
-            self._held = streaming._hold(a, job, shared, 0)
-        held, last = self._held
+        while self.prepare():
+            pass
+        held, last = self._queries, self._last
         a._products = Products(a._shared())
         mean = RunningMean(lambda: np.zeros((last, 1), np.float32), a._with_residuals)
         for voter, queries in zip(a._voters, held, strict=True):
@@ -138,12 +139,31 @@ class Explorer:
         values, errors = a._finish(mean, slice(index, index + 1))
         return values[:, 0], errors[:, 0]
 
+    def prepare(self) -> bool:
+        """One more member's side of the known examples, which every `moved` needs; whether there was one to make."""
+        a, place = self.attributor, len(self._queries)
+        if place == len(a._voters) or not all(a._streams(voter) for voter in a._voters):
+            return False
+        job, shared = a._job(self.known, "test_set", "output"), a._shared()
+        a._products = Products(shared)
+        own: list[tuple[int, int, streaming.Query]] = []
+        last = self._last or len(self.known)
+        with closing(a._queries(a._voters[place], replace(job, first=0, last=last), shared)) as queries:
+            for query in queries:
+                own.append(query)
+                # as many as there is room for, which for rows without a projection may be few
+                if not place and sum(q.nbytes for _, _, q in own) * len(a._voters) >= streaming.HELD:
+                    break
+        self._last = own[-1][1]
+        self._queries.append(own)
+        return True
+
     def _columns(self, index: int) -> tuple[Array, Array]:
         """Of a method that needs all training examples at once: the whole matrix, once."""
-        if self._held is None:
+        if self._matrix is None:
             room = max(1, _KEPT // (8 * self.attributor.n_train_))
-            self._held = self.attributor.attribute(Subset(self.known, range(min(room, len(self.known)))))
-        return self._held.values[:, index], self._held.stderr[:, index]
+            self._matrix = self.attributor.attribute(Subset(self.known, range(min(room, len(self.known)))))
+        return self._matrix.values[:, index], self._matrix.stderr[:, index]
 
     def _ask(self, item: Any) -> Said:
         a = self.attributor

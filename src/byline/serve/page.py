@@ -109,6 +109,9 @@ def explorer_routes(
     classes = min(_CLASSES, explorer.classes()) if classified else 0
     refusals: dict[int | str, Any] = {429: {"model": Problem}, 503: {"model": Problem}}
     routes = APIRouter(include_in_schema=True)
+    # the first of everything takes longest: nobody should have to wait for it
+    worker.when_idle(lambda: explorer.said(explorer.known[0]))
+    waited_for: list[bool] = []
 
     def item_of(question: Question) -> Any:
         """The example that is asked about, under the label whose output is explained."""
@@ -163,6 +166,10 @@ def explorer_routes(
     async def about_all() -> Response:
         """What there is to explore."""
         known = attributor.info()
+        if not waited_for:
+            # somebody looks: while they do, what following an example needs is made, member by member
+            waited_for.append(True)
+            worker.when_idle(*[explorer.prepare] * len(attributor._voters))
         return Json(
             {
                 "title": served.title,

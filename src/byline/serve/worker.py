@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +92,7 @@ class Worker:
         self.ledger.add_bytes("fitting", attributor.store.nbytes())
         self.identity = str(attributor.store.manifest.made_for.get("dataset", {}).get("sha256", ""))
         self._queue: deque[Ask | Call] = deque()
+        self._spare: deque[Callable[[], Any]] = deque()
         self._change = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="byline-serve", daemon=True)
@@ -138,6 +140,12 @@ class Worker:
         """
         return self._put(Call(work))
 
+    def when_idle(self, *work: Callable[[], Any]) -> None:
+        """Do work, piece by piece, while nothing waits; what fails is left out."""
+        with self._change:
+            self._spare.extend(work)
+            self._change.notify()
+
     def _put(self, ask: Ask | Call) -> Future[Any]:
         size = len(ask.items)
         with self._change:
@@ -151,11 +159,16 @@ class Worker:
     def _run(self) -> None:
         while True:
             with self._change:
-                while not self._queue and not self._stopping:
+                while not self._queue and not self._spare and not self._stopping:
                     self._change.wait()
-                if not self._queue:
+                if not self._queue and self._stopping:
                     return
-                asks = self._next()
+                spare = self._spare.popleft() if not self._queue else None
+                asks = [] if spare is not None else self._next()
+            if spare is not None:
+                with suppress(Exception), torch.inference_mode(False):
+                    spare()
+                continue
             # a request that nobody waits for any more costs nothing
             asks = [ask for ask in asks if ask.answer.set_running_or_notify_cancel()]
             if asks and isinstance(asks[0], Call):
