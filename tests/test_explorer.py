@@ -96,6 +96,36 @@ def test_all_scores_are_those_of_the_library(way):
         np.testing.assert_allclose(numbers(moved["stderr"]), want.stderr[:, 5], rtol=1e-3, atol=1e-5 * scale)
 
 
+def test_an_example_is_followed_to_as_many_as_there_is_room_for(monkeypatch):
+    from byline.methods import streaming
+
+    ready = serves(made("GradDot", batch_size=2))
+    want = ready.attributor.attribute(TESTS)
+    # a batch of two examples of 16 columns takes 128 bytes, and there are three members
+    monkeypatch.setattr(streaming, "HELD", 3 * 200)
+    values, errors = Explorer(ready).moved(9)
+    assert len(values) == len(errors) == 4
+    np.testing.assert_allclose(values, want.values[:4, 9], rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_slow_the_first_time_is_done_while_nothing_waits(ready):
+    from byline.serve.worker import Worker
+
+    worker, done = Worker(ready.attributor, Limits()), []
+
+    def fails() -> None:
+        raise ValueError("left out")
+
+    worker.when_idle(lambda: done.append("spare"), fails, lambda: done.append("more"))
+    first = worker.call(lambda: done.append("asked"))
+    worker.start()
+    first.result(10)
+    assert worker.submit([TESTS[0]], 1).result(10)
+    worker.stop()
+    assert done[0] == "asked"
+    assert worker.waiting == 0
+
+
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "one member"])
 def test_the_error_of_a_sum_of_one_is_that_of_its_score(way):
     ready = serves(WAYS[way]())

@@ -757,7 +757,8 @@ $("csv").addEventListener("click", () => save("csv"));
 $("json").addEventListener("click", () => save("json"));
 $("one-close").addEventListener("click", () => $("one").close());
 $("one-select").addEventListener("click", () => { select($("one").place); pressed(); });
-$("one").addEventListener("close", () => following?.abort());
+// told late, it may be open again for another example
+$("one").addEventListener("close", () => { if (!$("one").open) following?.abort(); });
 $("one").addEventListener("click", (event) => { if (event.target === $("one")) $("one").close(); });
 $("token").addEventListener("submit", (event) => {
   event.preventDefault();
