@@ -8,7 +8,6 @@ import logging
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -140,15 +139,16 @@ def counted(client: Client, metric: str) -> float:
 
 
 @contextmanager
-def in_thread(made: Served, limits: Any = None) -> Iterator[tuple[Client, Any]]:
+def in_thread(made: Served, limits: Any = None, port: int = 0, **options: Any) -> Iterator[tuple[Client, Any]]:
     """A service with a socket in a thread of this process, and its application."""
     import uvicorn
 
     from byline.serve.app import create_app
-    from byline.serve.server import Server
+    from byline.serve.server import Server, _address, _listen
 
-    app = create_app(made, limits)
-    listener = socket.create_server(("127.0.0.1", 0))
+    app = create_app(made, limits, **options)
+    listener = _listen(_address("127.0.0.1", port), "127.0.0.1", port)
+    listener.listen()
     server = Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=30))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     url = "http://{}:{}".format(*listener.getsockname())
@@ -210,7 +210,7 @@ def start(store: Path, task: str, *options: str, **environment: str) -> Running:
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")])
     return Running(
-        [sys.executable, "-m", "byline.cli", "serve", str(store), "--task", task, "--port", "0", *options],
+        [sys.executable, "-m", "byline.cli", "serve", str(store), "--task", task, "--port", "0", "--no-page", *options],
         cwd=here,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "BYLINE_TOKEN": "", **environment},
     )

@@ -68,6 +68,13 @@ def test_every_test_example_has_its_two_sides(tmp_path):
     assert not re.search(r'(src|href)="(?!data:|#)', page)
 
 
+def test_rows_of_a_table_are_shown_as_text(tmp_path):
+    rows = [{"colour": HOSTILE, "size": i} for i in range(40)]
+    page = scores_page(made(), tmp_path / "page.html", train=Shown(rows=rows), test=Shown(rows=rows[:6])).read_text()
+    assert "\nsize: 5</pre>" in page
+    assert HOSTILE not in page
+
+
 def test_scores_alone_are_enough(tmp_path):
     page = scores_page(made(stderr=False), tmp_path / "page.html", examples=2).read_text()
     assert page.count('<article class="example"') == 2

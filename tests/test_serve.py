@@ -234,6 +234,16 @@ def test_a_host_that_is_none():
         serve(None, "serving:served", host="nowhere.invalid", port=0)
 
 
+def test_answers_do_not_wait_for_acknowledgements():
+    import socket
+
+    from byline.serve.server import _address, _listen
+
+    with _listen(_address("127.0.0.1", 0), "127.0.0.1", 0) as made:
+        # what asyncio looks at before it turns Nagle's algorithm off
+        assert made.proto == socket.IPPROTO_TCP
+
+
 # what waits
 
 

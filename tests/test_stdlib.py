@@ -196,3 +196,19 @@ def test_the_short_form_and_the_width() -> None:
         full.variant(width=10)
     with pytest.raises(ValueError, match="--data is for settings"):
         full.variant(Path("."))
+
+
+def test_a_function_that_somebody_brings_is_read_as_the_librarys_are(
+    few: stdlib.Code, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stdlib, "code", lambda train=0, test=0: few)
+    inputs, targets = stdlib.load()[0].tensors
+    texts, _ = stdlib.texts()
+    for place, function in enumerate(few.train):
+        ids, wanted = stdlib.read_text(f"\n{function.text}\n")
+        assert torch.equal(ids, inputs[place])
+        assert torch.equal(wanted, targets[place])
+        # as much as the model reads
+        assert function.text.startswith(texts[place])
+    with pytest.raises(ValueError, match="the text is empty"):
+        stdlib.read_text(" \n")

@@ -414,3 +414,23 @@ def test_a_width_is_kept_by_the_short_form_and_a_multiple_of_the_heads(small: se
 def test_owners_are_plain_data(few: tunes.Tunes, small: settings.Setting) -> None:
     train, test = small.owners()
     assert json.loads(json.dumps([*train, *test])) == [*few.corpus.train_owners, *few.corpus.test_owners]
+
+
+def test_a_tune_that_somebody_brings_is_read_as_its_own_text_is(few: tunes.Tunes, small: settings.Setting) -> None:
+    assert small.texts is not None
+    assert small.read_text is not None
+    texts, _ = small.texts()
+    assert len(texts) == 60
+    inputs, targets = small.train_set.tensors
+    whole = [place for place, ids in enumerate(few.corpus.train) if ids[-1] == tunes.END and len(ids) < tunes.LENGTH]
+    assert len(whole) > 5
+    for place in whole:
+        ids, wanted = small.read_text(texts[place])
+        assert torch.equal(ids, inputs[place])
+        assert torch.equal(wanted, targets[place])
+    # the line of its number may be left out
+    assert torch.equal(small.read_text(texts[whole[0]].split("\n", 1)[1])[0], inputs[whole[0]])
+    odd = re.sub(r"M:\S+", "M:7/8", texts[whole[0]])
+    for text, problem in (("", "no tune"), ("<script>", "no tune"), (odd, "none of the tunes")):
+        with pytest.raises(ValueError, match=problem):
+            small.read_text(text)

@@ -233,14 +233,7 @@ def mislabels(
 
     console = Console(stderr=True)
     with _one_sentence():
-        if data.is_dir():
-            if label is not None:
-                raise ValueError("--label is for CSV files; the classes of a folder are the folders in it")
-            found_data = own.read_images(data, size)
-        elif label is None:
-            raise ValueError(f"{data} is no folder; for a CSV file, name the column of labels with --label")
-        else:
-            found_data = own.read_table(data, label)
+        found_data = own.read(data, label, size)
         console.print(f"{escape(found_data.what)}: training a small model for {epochs} epochs", highlight=False)
         found = own.look_for_mislabels(found_data, rows=rows, epochs=epochs)
         out = Path("runs/mislabels") / data.resolve().stem if out is None else out
@@ -275,10 +268,20 @@ def mislabels(
     console.print(f"\nAll {len(found)}: {out / 'mislabels.csv'}; to look at: {page}", highlight=False, soft_wrap=True)
 
 
-@app.command(epilog="Example:  byline serve runs/x --task my_project:served")
+@app.command(
+    epilog="Example:  byline serve runs/demo   or   byline serve runs/mine --data photos/   "
+    "or   byline serve runs/x --task my_project:served"
+)
 def serve(
-    store: Annotated[Path, typer.Argument(help="Folder of the store; what it lacks is computed first.")],
-    task: Annotated[str, typer.Option(help="module:object, a byline.serve.Served or a function that returns one.")],
+    store: Annotated[Path, typer.Argument(help="A run of demo or bench, or a folder; what it lacks is made first.")],
+    task: Annotated[
+        str | None, typer.Option(help="module:object, a byline.serve.Served or a function that returns one.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Your own: a folder with a folder of pictures for each class, or a CSV file.")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="The column of a CSV file that holds the labels.")] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Serve the explorer's page beside the API.")] = True,
     host: Annotated[str, typer.Option(help="Where to listen; others than localhost need a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     token: Annotated[
@@ -293,7 +296,10 @@ def serve(
     max_queue: Annotated[int, typer.Option(help="Examples that may wait.", min=1)] = 256,
     timeout: Annotated[float, typer.Option(help="Seconds for an answer.", min=0.1)] = 30.0,
 ) -> None:
-    """Answer over HTTP: POST an example, get its proponents and opponents. Needs the extra: byline[serve]."""
+    """Open the explorer's page, and answer over HTTP. Needs the extra: byline[serve].
+
+    Serves the run of a benchmark, a small model trained on your own files (--data), or a model of yours (--task).
+    """
     with _one_sentence():
         try:
             from byline.serve import Limits, logs
@@ -302,7 +308,25 @@ def serve(
             raise ValueError(str(error)) from None
         logs.configure()
         limits = Limits(body=max_body, batch=max_batch, k=max_k, queue=max_queue, seconds=timeout)
-        run(store, task, host=host, port=port, token=token, rows=rows, limits=limits)
+        where: dict[str, Any] = {
+            "host": host,
+            "port": port,
+            "token": token,
+            "rows": rows,
+            "limits": limits,
+            "page": page,
+        }
+        if task is not None and data is not None:
+            raise ValueError("--task and --data were given; expected one of them")
+        if label is not None and data is None:
+            raise ValueError("--label is for the CSV file of --data")
+        if task is not None:
+            run(store, task, **where)
+            return
+        from byline.serve import runs
+
+        made = (lambda: runs.of_run(store)) if data is None else (lambda: runs.of_files(data, label, store))
+        run(store / runs.STORE, made, **where)
 
 
 @app.command("methods", epilog="Example:  byline methods --json")

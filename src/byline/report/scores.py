@@ -35,6 +35,8 @@ class Shown:
         labels: (n,) what each is labelled.
         names: (n,) what each is called.
         predicted: (n,) what the model says of each.
+        owners: (n,) whose each is.
+        rows: A table of n rows: a DataFrame, or a mapping for each example.
     """
 
     pictures: Any = None
@@ -42,6 +44,8 @@ class Shown:
     labels: Any = None
     names: Sequence[str] | None = None
     predicted: Any = None
+    owners: Any = None
+    rows: Any = None
 
     def check(self, n: int, name: str) -> None:
         """Refuse what has another length.
@@ -49,10 +53,17 @@ class Shown:
         Raises:
             ValueError: names what came and what was expected.
         """
-        for field in ("pictures", "texts", "labels", "names", "predicted"):
+        for field in ("pictures", "texts", "labels", "names", "predicted", "owners", "rows"):
             value = getattr(self, field)
             if value is not None and len(value) != n:
                 raise ValueError(f"{name}.{field} has {len(value)} entries; the scores have {n}")
+
+    def cells(self, index: int) -> list[tuple[str, str]]:
+        """An example's row as names and values; none where there is no table."""
+        if self.rows is None:
+            return []
+        row = self.rows.iloc[index] if hasattr(self.rows, "iloc") else self.rows[index]
+        return [(str(name), str(value)) for name, value in row.items()]
 
     def one(self, index: int) -> dict[str, Any]:
         """What the template shows of an example."""
@@ -61,6 +72,8 @@ class Shown:
             return None if values is None else str(values[index])
 
         text = of(self.texts)
+        if text is None and self.rows is not None:
+            text = "\n".join(f"{name}: {value}" for name, value in self.cells(index))
         label, name = of(self.labels), of(self.names)
         return {
             "index": index,

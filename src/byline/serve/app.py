@@ -1,9 +1,7 @@
 """The HTTP interface: FastAPI, with every answer and every refusal in the OpenAPI."""
 
 import asyncio
-import json
 import logging
-import math
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -20,21 +18,17 @@ from byline.serve.worker import Full, Refused, Worker
 try:
     from fastapi import FastAPI, Path, Request
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse, Response
+    from fastapi.responses import Response
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
     from starlette.exceptions import HTTPException
+
+    from byline.serve.answers import RETRY, Json, Problem, Unfit, problem, waited
+    from byline.serve.page import explorer_routes
 except ImportError as error:
     raise ImportError(f"serving needs the extra: pip install 'byline[serve]' ({error})") from error
 
 _log = logging.getLogger("byline.serve")
-_RETRY = "1"  # seconds
-
-
-class Problem(BaseModel):
-    """A refusal, in one sentence."""
-
-    error: str
 
 
 class Influence(BaseModel):
@@ -91,14 +85,6 @@ class Info(BaseModel):
     limits: dict[str, float]
 
 
-class Json(JSONResponse):
-    """JSON in ASCII, with null for what is not finite: it cannot fail on what a request or a store holds."""
-
-    def render(self, content: Any) -> bytes:
-        """The bytes."""
-        return json.dumps(_finite(content), allow_nan=False, separators=(",", ":"), default=str).encode()
-
-
 class Metrics:
     """Prometheus metrics in a registry of their own."""
 
@@ -137,6 +123,7 @@ def create_app(
     token: str | None = None,
     rows: str = "auto",
     hosts: tuple[str, ...] | None = LOCAL,
+    page: bool = True,
 ) -> FastAPI:
     """The service as an ASGI application.
 
@@ -147,6 +134,7 @@ def create_app(
         rows: "float32", "float16" or "int8" keep the training rows in memory, "store" leaves them where they are;
             "auto" keeps float32 where that takes no more than half of the memory.
         hosts: names under which it may be asked where there is no token; None for all.
+        page: also serve the explorer's page and what it asks.
     """
     limits = limits or Limits()
     attributor = served.attributor
@@ -208,6 +196,8 @@ def create_app(
     )
     app.state.worker, app.state.metrics, app.state.limits, app.state.served = worker, metrics, limits, served
     app.add_middleware(Guard, limits=limits, token=check_token(token), hosts=hosts, observe=metrics.observe)
+    if page:
+        app.include_router(explorer_routes(served, worker, limits, template, form))
 
     @app.post("/v1/attribute", response_model=Attribution, responses=busy)
     async def attribute(ask: Ask, request: Request) -> Response:
@@ -217,32 +207,10 @@ def create_app(
             try:
                 items.append(template(value))
             except RecursionError:
-                return _problem(422, f"examples[{place}] is nested too deeply")
+                return problem(422, f"examples[{place}] is nested too deeply")
             except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
-                return _problem(422, str(error).replace("example", f"examples[{place}]", 1)[:500])
-        try:
-            future = worker.submit(items, ask.k)
-        except Full:
-            return _problem(429, "too many requests wait; try again", {"Retry-After": _RETRY})
-        waiting = asyncio.wrap_future(future)
-        leaving = asyncio.ensure_future(_left(request))
-        try:
-            both: set[asyncio.Future[Any]] = {waiting, leaving}
-            await asyncio.wait(both, timeout=limits.seconds, return_when=asyncio.FIRST_COMPLETED)
-            if not waiting.done():
-                if leaving.done():
-                    return Response(status_code=499)
-                late = f"no answer within {limits.seconds:g} s; ask for fewer examples, or try again"
-                return _problem(503, late, {"Retry-After": _RETRY})
-            found = waiting.result()
-        except Refused as error:
-            return _problem(422, str(error))
-        finally:
-            leaving.cancel()
-            # what has not begun is never begun
-            if not future.done():
-                future.cancel()
-                waiting.cancel()
+                return problem(422, str(error).replace("example", f"examples[{place}]", 1)[:500])
+        found = await waited(request, worker.submit(items, ask.k), limits)
         metrics.examples.inc(len(items))
         about = served.about if ask.metadata else None
         return Json({"results": [{"proponents": _rows(a, about), "opponents": _rows(b, about)} for a, b in found]})
@@ -251,7 +219,7 @@ def create_app(
     async def example(index: Annotated[int, Path(ge=0, le=2**63 - 1)]) -> Response:
         """A training example's metadata."""
         if index >= attributor.n_train_:
-            return _problem(404, f"there are {attributor.n_train_} training examples")
+            return problem(404, f"there are {attributor.n_train_} training examples")
         return Json({"index": index, "metadata": served.about(index)})
 
     @app.get("/v1/info", response_model=Info)
@@ -289,22 +257,28 @@ def create_app(
     async def unfit(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return _problem(400, "the body is no JSON")
+            return problem(400, "the body is no JSON")
         place = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
-        return _problem(422, f"{place or 'the body'}: {first['msg']}"[:500])
+        return problem(422, f"{place or 'the body'}: {first['msg']}"[:500])
+
+    @app.exception_handler(Unfit)
+    async def unfitting(_: Request, error: Unfit) -> Response:
+        return problem(error.status, error.sentence, error.headers)
+
+    @app.exception_handler(Refused)
+    async def model_refused(_: Request, error: Refused) -> Response:
+        return problem(422, str(error))
+
+    @app.exception_handler(Full)
+    async def full(_: Request, __: Full) -> Response:
+        return problem(429, "too many requests wait; try again", {"Retry-After": RETRY})
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
-        return _problem(error.status_code, str(error.detail), dict(error.headers or {}))
+        return problem(error.status_code, str(error.detail), dict(error.headers or {}))
 
     _with_binary(app, token is not None)
     return app
-
-
-async def _left(request: Request) -> None:
-    """Return when the client has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _hold(served: Served, rows: str) -> tuple[str, int]:
@@ -336,22 +310,6 @@ def _rows(ranked: Ranked, about: Callable[[int], Any] | None) -> list[dict[str, 
         }
         for index, score, error in zip(ranked.indices, ranked.scores, ranked.stderr, strict=True)
     ]
-
-
-def _problem(status: int, sentence: str, headers: dict[str, str] | None = None) -> Response:
-    return Json({"error": sentence}, status_code=status, headers=headers)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    if hasattr(value, "tolist"):
-        return _finite(value.tolist())
-    return value
 
 
 def _with_binary(app: FastAPI, with_token: bool) -> None:

@@ -8,11 +8,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from byline import batches
 from byline.methods.base import Attributor
 from byline.names import named
 from byline.store import Store
+
+if TYPE_CHECKING:
+    from byline.report.scores import Shown
+
+TAKES = ("image", "row", "text", "file")
 
 
 @dataclass
@@ -27,6 +33,15 @@ class Served:
         decode: makes an item as those of the training set of one example as JSON; raises ValueError for what it
             refuses. By default JSON must have the form of the training set's items (`byline.serve.decode`).
         title: of the service.
+        test_set: examples that the page offers to explain, and that a training example is followed to; the training
+            set's own first ones when left out.
+        train: how training examples are shown on the page, a `byline.report.Shown`. Without one, pictures, texts, short
+            rows of numbers and labels are taken from the items, names and owners from ``metadata`` of dicts.
+        test: how test examples are shown.
+        classes: names of the labels 0, 1, …
+        upload: makes an item of the bytes of a file that somebody brings to the page, with any label where items have
+            one; raises ValueError for what it refuses.
+        takes: what ``upload`` reads: "image", "row", "text" or "file".
     """
 
     attributor: Attributor
@@ -34,6 +49,12 @@ class Served:
     metadata: Sequence[Any] | Callable[[int], Any] | None = None
     decode: Callable[[Any], Any] | None = None
     title: str = "byline"
+    test_set: Any = None
+    train: Shown | None = None
+    test: Shown | None = None
+    classes: Sequence[str] = ()
+    upload: Callable[[bytes], Any] | None = None
+    takes: str = "file"
 
     def __post_init__(self) -> None:
         if not isinstance(self.attributor, Attributor):
@@ -42,6 +63,18 @@ class Served:
             )
         if self.decode is not None and not callable(self.decode):
             raise TypeError(f"decode is a {type(self.decode).__name__}; expected a function of one JSON value")
+        if self.upload is not None and not callable(self.upload):
+            raise TypeError(f"upload is a {type(self.upload).__name__}; expected a function of bytes")
+        if self.takes not in TAKES:
+            raise ValueError(f"takes is {self.takes!r}; expected one of {list(TAKES)}")
+        for name in ("train", "test"):
+            value = getattr(self, name)
+            if value is not None and not hasattr(value, "check"):
+                raise TypeError(f"{name} is a {type(value).__name__}; expected a byline.report.Shown")
+        if self.test_set is not None:
+            self.test_set = batches.as_dataset(self.test_set, "test_set")
+        elif self.test is not None:
+            raise ValueError("test is given, and there is no test_set that it shows")
         if self.train_set is None and self.attributor._train_set is None:
             raise ValueError("train_set is missing, and the attributor is not fitted; expected one of the two")
 
@@ -63,6 +96,10 @@ class Served:
             raise ValueError(
                 f"metadata has {len(told)} entries; expected one per training example, {attributor.n_train_}"
             )
+        if self.train is not None:
+            self.train.check(attributor.n_train_, "train")
+        if self.test is not None:
+            self.test.check(len(self.test_set), "test")
         return self
 
     def about(self, index: int) -> Any:
@@ -70,6 +107,11 @@ class Served:
         if self.metadata is None:
             return None
         return self.metadata(index) if callable(self.metadata) else self.metadata[index]
+
+    @property
+    def known(self) -> Any:
+        """The examples that the page offers to explain."""
+        return self.attributor._train_set if self.test_set is None else self.test_set
 
 
 def load(spec: str, store: str | os.PathLike[str] | None = None) -> Served:

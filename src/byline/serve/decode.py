@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import csv
+import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,6 +56,44 @@ class Template:
     def describe(self) -> Any:
         """The form in short, for people."""
         return self.root.describe()
+
+    def row(self) -> Callable[[bytes], Any] | None:
+        """Reads one row of a CSV file, where items are a vector of fixed length, alone or with one whole number."""
+        parts = list(self.root.parts.values()) if isinstance(self.root, _Parts) else [self.root]
+        vector = parts[0]
+        if not isinstance(vector, _Tensor) or len(vector.shape) != 1 or vector.shape[0] is None:
+            return None
+        rest = parts[1:]
+        if rest and not (len(rest) == 1 and (not isinstance(rest[0], _Tensor) or not rest[0].shape)):
+            return None
+        length = vector.shape[0]
+
+        def read(data: bytes) -> Any:
+            values = _numbers(data, length)
+            if not isinstance(self.root, _Parts):
+                return self(values)
+            # the label of what is brought is what the model makes of it, or what is chosen on the page
+            whole = [values, 0][: len(parts)]
+            return self(dict(zip(self.root.parts, whole, strict=True)) if self.root.made is dict else whole)
+
+        return read
+
+
+def _numbers(data: bytes, length: int) -> list[float]:
+    """The numbers of the last line of a CSV file of one row, with or without a header."""
+    try:
+        read = csv.reader(io.StringIO(data.decode("utf-8-sig")))
+        lines = [line for line in read if any(part.strip() for part in line)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"the file is no CSV that can be read: {error}") from None
+    if not 1 <= len(lines) <= 2:
+        raise ValueError(f"the file has {len(lines)} lines; expected one row of {length} numbers")
+    if len(lines[-1]) != length:
+        raise ValueError(f"the row has {len(lines[-1])} values; expected {length} numbers")
+    try:
+        return [float(part) for part in lines[-1]]
+    except ValueError:
+        raise ValueError(f"the row holds something else than numbers; expected {length} of them") from None
 
 
 class _Node:

@@ -20,6 +20,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 _OPEN = ("/healthz",)
+_PAGE = "/assets/"  # the page itself tells nothing of what is served, and asks for the token
 _log = logging.getLogger("byline.serve")
 
 
@@ -126,7 +127,8 @@ class Guard:
             if self.hosts is not None and _host(headers.get(b"host", b"")) not in self.hosts:
                 await refuse(send, 421, "the Host header is not one of this service's; ask it as localhost")
                 return
-            if self.token is not None and not self._bears(headers.get(b"authorization", b"")):
+            free = scope["path"] == "/" or scope["path"].startswith(_PAGE)
+            if self.token is not None and not free and not self._bears(headers.get(b"authorization", b"")):
                 await refuse(send, 401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
                 return
         if scope["method"] in ("POST", "PUT", "PATCH"):

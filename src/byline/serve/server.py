@@ -8,12 +8,12 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from byline.serve.app import create_app
-from byline.serve.contract import load
+from byline.serve.contract import Served, load
 from byline.serve.limits import LOCAL, Limits, check_token
 
 try:
@@ -53,24 +53,26 @@ class Server(uvicorn.Server):
 
 def serve(
     store: str | os.PathLike[str] | None,
-    task: str,
+    task: str | Callable[[], Served],
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
     token: str | None = None,
     rows: str = "auto",
     limits: Limits | None = None,
+    page: bool = True,
 ) -> None:
     """Fit on the store, listen, and answer until SIGTERM or SIGINT.
 
     Args:
         store: folder of the store; None for that of the attributor.
-        task: ``module:object``, see `byline.serve.load`.
+        task: ``module:object``, see `byline.serve.load`; or what makes a `Served`.
         host: where to listen; other hosts than localhost need a token.
         port: 0 takes a free one; the log says which.
         token: that requests must bear; ``BYLINE_TOKEN`` in the environment when left out.
         rows: what the training rows are kept as, see `create_app`.
         limits: of requests.
+        page: also serve the explorer's page.
 
     Raises:
         ValueError: off localhost without a token, or what `byline.serve.load` and ``fit`` refuse.
@@ -87,10 +89,10 @@ def serve(
     # taken before the long work, so that a port in use is told at once
     listening = _listen(address, host, port)
     with listening:
-        served = load(task, store)
-        _log.info("fitting", extra={"store": str(store), "task": task})
+        served = load(task, store) if isinstance(task, str) else task()
+        _log.info("fitting", extra={"store": str(store), "task": task if isinstance(task, str) else served.title})
         served.ready(store)
-        app = create_app(served, limits, token=token, rows=rows, hosts=LOCAL)
+        app = create_app(served, limits, token=token, rows=rows, hosts=LOCAL, page=page)
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -115,7 +117,9 @@ def _address(host: str, port: int) -> tuple[int, Any]:
 
 
 def _listen(address: tuple[int, Any], host: str, port: int) -> socket.socket:
-    made = socket.socket(address[0], socket.SOCK_STREAM)
+    # asyncio turns Nagle's algorithm off where a socket says that it is TCP; head and body of an answer are two writes,
+    # and the second would wait for 40 ms
+    made = socket.socket(address[0], socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address[1])

@@ -1,7 +1,7 @@
 """The one thread that scores: members take turns on one copy of the model, so requests wait for one another.
 
 Whatever waits when the thread becomes free is scored together, up to the limit of a batch: one pass over the training
-examples then serves several requests.
+examples then serves several requests. What the explorer asks waits in the same queue, and is done by itself.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +47,15 @@ class Ask:
     answer: Future[Answer] = field(default_factory=Future)
 
 
+@dataclass
+class Call:
+    """Other work in the queue, as much as one example."""
+
+    work: Callable[[], Any]
+    answer: Future[Any] = field(default_factory=Future)
+    items: tuple[None] = (None,)
+
+
 class Items:
     """A request's examples as a dataset."""
 
@@ -70,6 +81,7 @@ class Worker:
         batches: how many examples each batch scored so far had, newest last, at most 1000.
         ledger: what scoring cost so far, as serving, and the bytes of the store, as fitting.
         scored: examples that were scored.
+        identity: of the training set that is served, a digest.
     """
 
     def __init__(self, attributor: Attributor, limits: Limits):
@@ -78,7 +90,9 @@ class Worker:
         self.batches: deque[int] = deque(maxlen=1000)
         self.ledger, self.scored = Ledger(), 0
         self.ledger.add_bytes("fitting", attributor.store.nbytes())
-        self._queue: deque[Ask] = deque()
+        self.identity = str(attributor.store.manifest.made_for.get("dataset", {}).get("sha256", ""))
+        self._queue: deque[Ask | Call] = deque()
+        self._spare: deque[Callable[[], Any]] = deque()
         self._change = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="byline-serve", daemon=True)
@@ -116,41 +130,76 @@ class Worker:
         Raises:
             Full: too many examples wait.
         """
-        ask = Ask(items, k)
+        return self._put(Ask(items, k))
+
+    def call(self, work: Callable[[], Any]) -> Future[Any]:
+        """Put other work in the queue.
+
+        Raises:
+            Full: too many examples wait.
+        """
+        return self._put(Call(work))
+
+    def when_idle(self, *work: Callable[[], Any]) -> None:
+        """Do work, piece by piece, while nothing waits; what fails is left out."""
         with self._change:
-            if self._stopping or (self.waiting and self.waiting + len(items) > self.limits.queue):
+            self._spare.extend(work)
+            self._change.notify()
+
+    def _put(self, ask: Ask | Call) -> Future[Any]:
+        size = len(ask.items)
+        with self._change:
+            if self._stopping or (self.waiting and self.waiting + size > self.limits.queue):
                 raise Full
             self._queue.append(ask)
-            self.waiting += len(items)
+            self.waiting += size
             self._change.notify()
         return ask.answer
 
     def _run(self) -> None:
         while True:
             with self._change:
-                while not self._queue and not self._stopping:
+                while not self._queue and not self._spare and not self._stopping:
                     self._change.wait()
-                if not self._queue:
+                if not self._queue and self._stopping:
                     return
-                asks = self._next()
+                spare = self._spare.popleft() if not self._queue else None
+                asks = [] if spare is not None else self._next()
+            if spare is not None:
+                with suppress(Exception), torch.inference_mode(False):
+                    spare()
+                continue
             # a request that nobody waits for any more costs nothing
             asks = [ask for ask in asks if ask.answer.set_running_or_notify_cancel()]
-            if asks:
-                self._answer(asks)
+            if asks and isinstance(asks[0], Call):
+                self._do(asks[0])
+            elif asks:
+                self._answer(asks)  # type: ignore[arg-type]
 
-    def _next(self) -> list[Ask]:
-        """As many of those that wait as make a batch of examples of one form."""
-        asks, size = [self._taken()], 0
-        form = _form(asks[0].items[0])
-        size = len(asks[0].items)
+    def _next(self) -> list[Ask | Call]:
+        """As many of those that wait as make a batch of examples of one form; or other work."""
+        asks = [self._taken()]
+        if isinstance(asks[0], Call):
+            return asks
+        form, size = _form(asks[0].items[0]), len(asks[0].items)
         while self._queue and size + len(self._queue[0].items) <= self.limits.batch:
-            if any(_form(item) != form for item in self._queue[0].items):
+            waiting = self._queue[0]
+            if isinstance(waiting, Call) or any(_form(item) != form for item in waiting.items):
                 break
             asks.append(self._taken())
-            size += len(asks[-1].items)
+            size += len(waiting.items)
         return asks
 
-    def _taken(self) -> Ask:
+    def _do(self, call: Call) -> None:
+        try:
+            with torch.inference_mode(False):
+                call.answer.set_result(call.work())
+        except Exception as error:
+            if not isinstance(error, Refused):
+                _log.error("exploring failed", exc_info=error)
+            call.answer.set_exception(error)
+
+    def _taken(self) -> Ask | Call:
         ask = self._queue.popleft()
         self.waiting -= len(ask.items)
         return ask
@@ -164,7 +213,7 @@ class Worker:
                 for ask in asks:
                     self._answer([ask])
                 return
-            asks[0].answer.set_exception(self._reason(asks[0], error))
+            asks[0].answer.set_exception(self.reason(asks[0].items, error))
             return
         start = 0
         for ask in asks:
@@ -184,10 +233,10 @@ class Worker:
         self.scored += len(items)
         return [(row.proponents, row.opponents) for row in ranking]
 
-    def _reason(self, ask: Ask, error: Exception) -> Exception:
+    def reason(self, items: list[Any], error: Exception) -> Exception:
         """Whether the examples are to blame: then the model alone refuses them too."""
         attributor = self.attributor
-        for place, item in enumerate(ask.items):
+        for place, item in enumerate(items):
             try:
                 batch = batches.gather(Items([item]), [0], attributor.collate)
                 batch = batches.to(batch, attributor._bench.device)
@@ -198,7 +247,7 @@ class Worker:
             except Exception as cause:
                 why = str(getattr(cause, "problem", cause)).splitlines()[0][:300] if str(cause) else "no reason given"
             return Refused(f"the model does not take examples[{place}]: {why}")
-        if len(ask.items) > 1 and len({_form(item) for item in ask.items}) > 1:
+        if len(items) > 1 and len({_form(item) for item in items}) > 1:
             return Refused("examples are of different sizes, which do not go into one batch; send them one by one")
         _log.error("scoring failed", exc_info=error)
         return error

@@ -58,6 +58,8 @@ class Setting:
         group: Models that are trained side by side; of larger models one at a time is as quick.
         owners: Gives what is known of each training and of each test example (collection and title, module and
             function), plain data in their order.
+        texts: Gives each training and each test example as text, where they are texts.
+        read_text: Makes an example of a text, for who brings one of their own; raises ValueError for what is none.
         source: Says in a sentence where the data were found, and in which version.
         shortened: ``shortened(setting)`` gives it with less data and a smaller model, for the short form.
     """
@@ -80,6 +82,8 @@ class Setting:
     owners: Callable[[], tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]] | None = field(
         default=None, repr=False
     )
+    texts: Callable[[], tuple[Sequence[str], Sequence[str]]] | None = field(default=None, repr=False)
+    read_text: Callable[[str], Any] | None = field(default=None, repr=False)
     source: Callable[[], str] | None = field(default=None, repr=False)
     shortened: Callable[[Setting], Setting] | None = field(default=None, repr=False)
 

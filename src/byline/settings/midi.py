@@ -150,6 +150,8 @@ def setting(base: Setting, folder: Path) -> Setting:
         load=lambda: read(folder).data(LENGTH),
         build=build,
         owners=lambda: (read(folder).train_owners, read(folder).test_owners),
+        texts=None,
+        read_text=None,
         source=lambda: read(folder).source,
         recipe=Recipe(optimizer="adam", lr=1e-4, batch_size=32, epochs=20),
         shortened=partial(shortened, folder=folder),

@@ -21,7 +21,7 @@ from torch import nn
 
 from byline.features import Factorized
 from byline.settings.base import BankRecipe, Data, Setting
-from byline.settings.corpus import SEQUENCES, Corpus, Owner
+from byline.settings.corpus import SEQUENCES, Corpus, Owner, packed
 from byline.settings.transformer import Decoder, sample
 
 TRAIN, TEST = 1000, 100
@@ -200,6 +200,27 @@ def owners(train: int = TRAIN, test: int = TEST) -> tuple[Sequence[Owner], Seque
     return corpus.train_owners, corpus.test_owners
 
 
+def texts(train: int = TRAIN, test: int = TEST) -> tuple[Sequence[str], Sequence[str]]:
+    """As much of each training and test function as the model reads."""
+    found = code(train, test)
+    parts = [
+        [found.tokenizer.decode(ids[1 : LENGTH + 1]).rstrip() for ids in part]
+        for part in (found.corpus.train, found.corpus.test)
+    ]
+    return parts[0], parts[1]
+
+
+def read_text(text: str, train: int = TRAIN, test: int = TEST) -> Any:
+    """A function's source as an example.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not text.strip():
+        raise ValueError("the text is empty; expected the source of a function")
+    return packed([encode(code(train, test).tokenizer, text.strip())], LENGTH)[0]
+
+
 def source(train: int = TRAIN, test: int = TEST) -> str:
     """Where the data came from."""
     return code(train, test).corpus.source
@@ -213,6 +234,8 @@ def shortened(setting: Setting, width: int = 32) -> Setting:
         load=partial(load, **sizes),
         build=partial(build, width=width),
         owners=partial(owners, **sizes),
+        texts=partial(texts, **sizes),
+        read_text=partial(read_text, train=sizes["train"], test=sizes["test"]),
         source=partial(source, **sizes),
         recipe=replace(setting.recipe, epochs=4),
         bank_recipe=BankRecipe(subsets=10, seeds=2),
@@ -267,6 +290,8 @@ stdlib_gpt = Setting(
     load=load,
     build=build,
     owners=owners,
+    texts=texts,
+    read_text=read_text,
     source=source,
     shortened=shortened,
     at_width=at_width,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -21,7 +22,7 @@ from torch import nn
 from byline.features import Factorized
 from byline.settings import midi
 from byline.settings.base import BankRecipe, Data, Setting
-from byline.settings.corpus import SEQUENCES, Corpus, Owner
+from byline.settings.corpus import SEQUENCES, Corpus, Owner, packed
 from byline.settings.notation import Melody, NotationError, is_heading, read_abc, read_musicxml, to_abc
 from byline.settings.transformer import Decoder, sample
 
@@ -194,6 +195,8 @@ def shortened(setting: Setting, width: int = 32) -> Setting:
         load=partial(load, **sizes),
         build=partial(build, **sizes, width=width),
         owners=partial(owners, **sizes),
+        texts=partial(texts, **sizes),
+        read_text=partial(read_text, train=sizes["train"], test=sizes["test"]),
         source=partial(source, **sizes),
         recipe=replace(setting.recipe, epochs=4),
         bank_recipe=BankRecipe(subsets=10, seeds=2),
@@ -205,6 +208,31 @@ def owners(train: int = TRAIN, test: int = TEST) -> tuple[Sequence[Owner], Seque
     """Collection, title, family, number and file of each training and test tune."""
     corpus = tunes(train, test).corpus
     return corpus.train_owners, corpus.test_owners
+
+
+def texts(train: int = TRAIN, test: int = TEST) -> tuple[Sequence[str], Sequence[str]]:
+    """Each training and test tune as ABC, as much of it as the model reads."""
+    found = tunes(train, test)
+    parts = [
+        [to_abc(found.decode(ids[: LENGTH + 1]), str(owner["title"])) for ids, owner in zip(part, whose, strict=True)]
+        for part, whose in (
+            (found.corpus.train, found.corpus.train_owners),
+            (found.corpus.test, found.corpus.test_owners),
+        )
+    ]
+    return parts[0], parts[1]
+
+
+def read_text(text: str, train: int = TRAIN, test: int = TEST) -> Any:
+    """A tune in ABC notation as an example.
+
+    Raises:
+        ValueError: If it cannot be read as one voice, or has a token that is in none of the tunes.
+    """
+    melody = next(read_abc(text if text.lstrip().startswith("X:") else f"X:1\n{text}"), None)
+    if melody is None:
+        raise ValueError("the text is no tune of one voice in ABC notation")
+    return packed([tunes(train, test).encode(_cut(melody), end=len(melody.tokens) < LENGTH)], LENGTH)[0]
 
 
 def source(train: int = TRAIN, test: int = TEST) -> str:
@@ -272,6 +300,8 @@ tunes_transformer = Setting(
     load=load,
     build=build,
     owners=owners,
+    texts=texts,
+    read_text=read_text,
     source=source,
     shortened=shortened,
     on_folder=on_folder,

@@ -123,12 +123,21 @@ class Workshop:
             for one in self._trained([seed], epochs, kept, f"model {seed + 1} of {count}, {epochs} epochs", seed=seed)
         ]
 
+    def has_run(self, checkpoints: int) -> bool:
+        """Whether one run of as many epochs as checkpoints is there."""
+        which = {"count": 1} if self.setting.group > 1 else {"seed": 0}
+        return self._models_file(checkpoints, tuple(range(1, checkpoints + 1)), **which).exists()
+
+    def _models_file(self, epochs: int, kept: tuple[int, ...] | None, **which: int) -> Path:
+        recipe = replace(self.setting.recipe, epochs=epochs)
+        key = self.key(part="models", recipe=recipe.to_dict(), kept=kept, **which)
+        return self.folder / "models" / f"{key}.safetensors"
+
     def _trained(
         self, seeds: list[int], epochs: int, kept: tuple[int, ...] | None, what: str, **which: int
     ) -> list[Trained]:
         recipe = replace(self.setting.recipe, epochs=epochs)
-        key = self.key(part="models", recipe=recipe.to_dict(), kept=kept, **which)
-        path = self.folder / "models" / f"{key}.safetensors"
+        path = self._models_file(epochs, kept, **which)
         if path.exists():
             self.tell(f"{what}: found")
             return _load(path)

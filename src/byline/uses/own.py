@@ -5,6 +5,8 @@ For who has data and no model yet. Whoever has a model gives it to `byline.uses.
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from byline.batches import fingerprint
 from byline.engines.base import installed
 from byline.ensembles import Independent
 from byline.ensembles.base import check_count
+from byline.evaluate.bank import read as read_arrays
+from byline.evaluate.bank import write
 from byline.features import Exact, Factorized
 from byline.methods import TRAK
 from byline.task import Task
@@ -26,6 +31,8 @@ from byline.uses.mislabels import Mislabels, find_mislabels
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 CHECKPOINTS = 5
 _LEAST = 2  # examples of a class
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_PIXELS = 50_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +47,8 @@ class OwnData:
         pictures: (n, H, W, 3) uint8, where the examples are pictures.
         rows: The table's columns but the label, as text, where the examples are rows.
         what: In words.
+        encode: Makes the input (...) of a further example of the bytes of its file: a picture, or a CSV file of one
+            row with the table's header. Raises ValueError for what it refuses.
     """
 
     inputs: Tensor
@@ -49,6 +58,11 @@ class OwnData:
     what: str
     pictures: np.ndarray | None = field(default=None, repr=False)
     rows: Any = field(default=None, repr=False)
+    encode: Callable[[bytes], Tensor] | None = field(default=None, repr=False)
+
+    def dataset(self) -> TensorDataset:
+        """Inputs and labels."""
+        return TensorDataset(self.inputs, self.labels)
 
     def build(self) -> nn.Module:
         """A small network for such examples: convolutions for pictures, two layers for rows."""
@@ -68,6 +82,53 @@ class OwnData:
             nn.Flatten(),
             nn.Linear(512, classes),
         )
+
+
+def read(data: str | Path, label: str | None = None, size: int = 32) -> OwnData:
+    """A folder of pictures by `read_images`, or a CSV file by `read_table`.
+
+    Args:
+        data: The folder, or the file.
+        label: The column of labels; for a file alone.
+        size: Of pictures.
+
+    Raises:
+        ValueError: A label with a folder, or none with a file.
+    """
+    if Path(data).is_dir():
+        if label is not None:
+            raise ValueError("--label is for CSV files; the classes of a folder are the folders in it")
+        return read_images(data, size)
+    if label is None:
+        raise ValueError(f"{data} is no folder; for a CSV file, name the column of labels with --label")
+    return read_table(data, label)
+
+
+def picture(data: bytes, height: int, width: int, mode: str = "RGB") -> np.ndarray:
+    """A picture of the bytes of its file, (H, W, 3) or (H, W) uint8.
+
+    Args:
+        data: PNG, JPEG, WebP, GIF or BMP.
+        height: That it is brought to.
+        width: Likewise.
+        mode: "RGB", or "L" for grey.
+
+    Raises:
+        ValueError: No picture, another format, or one of more than 50 million pixels.
+        ModuleNotFoundError: Pillow is not installed.
+    """
+    installed("PIL", "images", "reading pictures")
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+            if opened.width * opened.height > _PIXELS:
+                raise ValueError(f"the picture has {opened.width} × {opened.height} pixels; expected at most {_PIXELS}")
+            return np.array(opened.convert(mode).resize((width, height), Image.Resampling.BILINEAR))
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        raise ValueError("the file is no picture that can be read; expected PNG, JPEG, WebP, GIF or BMP") from None
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"the picture is damaged: {error}") from None
 
 
 def read_images(folder: str | Path, size: int = 32) -> OwnData:
@@ -103,15 +164,99 @@ def read_images(folder: str | Path, size: int = 32) -> OwnData:
     given = np.array([name for name, _ in files])
     labels, classes = _classes(given, str(root))
     inputs = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
-    spread = inputs.std((0, 2, 3), keepdim=True).clamp_min(1)
+    spread, middle = inputs.std((0, 2, 3), keepdim=True).clamp_min(1), inputs.mean((0, 2, 3), keepdim=True)
+
+    def encode(data: bytes) -> Tensor:
+        values = torch.from_numpy(picture(data, size, size)).permute(2, 0, 1).float()
+        return ((values - middle) / spread)[0]
+
     return OwnData(
-        (inputs - inputs.mean((0, 2, 3), keepdim=True)) / spread,
+        (inputs - middle) / spread,
         labels,
         classes,
         [str(path.relative_to(root)) for _, path in files],
         f"{len(files)} pictures in {len(classes)} folders of {root}",
         pictures=pictures,
+        encode=encode,
     )
+
+
+@dataclass(frozen=True)
+class _Column:
+    """How a column of a table becomes numbers: standardised, or one column a value."""
+
+    name: str
+    median: float = 0.0
+    mean: float = 0.0
+    std: float = 1.0
+    values: tuple[str, ...] | None = None
+
+    def encode(self, column: Any) -> np.ndarray:
+        """(n, ...) float64 of a column of n values."""
+        if self.values is not None:
+            text = column.astype(object).where(column.notna(), "missing").astype(str).to_numpy()
+            return (text[:, None] == np.array(self.values, dtype=object)).astype(np.float64)
+        numbers = np.array(column.to_numpy(np.float64, na_value=np.nan))
+        numbers[~np.isfinite(numbers)] = np.nan
+        return ((np.where(np.isnan(numbers), self.median, numbers) - self.mean) / self.std)[:, None]
+
+    def one(self, given: str) -> np.ndarray:
+        """(1, ...) of one value as text; nothing is a missing one.
+
+        Raises:
+            ValueError: No number, or a value that no row of the table has.
+        """
+        import pandas as pd
+
+        if self.values is None:
+            try:
+                return self.encode(pd.Series([float(given) if given.strip() else np.nan]))
+            except ValueError:
+                raise ValueError(f"column {self.name!r} has {given[:50]!r}; expected a number") from None
+        value = given if given.strip() else "missing"
+        if given.strip() and value not in self.values:
+            there = f"which no row of the table has; there are {', '.join(self.values[:10])}"
+            raise ValueError(f"column {self.name!r} has {given[:50]!r}, {there}")
+        return self.encode(pd.Series([value]))
+
+
+def _column_of(column: Any, name: str) -> _Column | None:
+    """How a column is encoded; None for one that cannot be learnt from."""
+    import pandas as pd
+
+    if pd.api.types.is_bool_dtype(column) or not pd.api.types.is_numeric_dtype(column):
+        if column.nunique() > 50:
+            return None
+        text = column.astype(object).where(column.notna(), "missing").astype(str)
+        return _Column(name, values=tuple(sorted(set(text))))
+    numbers = np.array(column.to_numpy(np.float64, na_value=np.nan))
+    numbers[~np.isfinite(numbers)] = np.nan
+    if np.isnan(numbers).all():
+        return None
+    median = float(np.nanmedian(numbers))
+    filled = np.where(np.isnan(numbers), median, numbers)
+    return _Column(name, median, float(filled.mean()), float(filled.std()) or 1.0)
+
+
+def _row_encoder(columns: list[_Column], others: list[str]) -> Callable[[bytes], Tensor]:
+    """Reads a CSV file of one row with the table's header; columns that are not learnt from may be left out."""
+
+    def encode(data: bytes) -> Tensor:
+        import pandas as pd
+
+        try:
+            frame = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False)
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+            raise ValueError(f"the file is no CSV that can be read: {error}") from None
+        if len(frame) != 1:
+            raise ValueError(f"the file has {len(frame)} rows below its header; expected one")
+        missing = [column.name for column in columns if column.name not in frame.columns]
+        if missing:
+            raise ValueError(f"the file has no column {missing[0]!r}; expected a header with {', '.join(others)}")
+        parts = [column.one(str(frame[column.name].iloc[0])) for column in columns]
+        return torch.from_numpy(np.concatenate(parts, 1).astype(np.float32))[0]
+
+    return encode
 
 
 def read_table(path: str | Path, label: str) -> OwnData:
@@ -152,20 +297,8 @@ def read_table(path: str | Path, label: str) -> OwnData:
         )
     labels, classes = _classes(frame[label].astype(str).to_numpy(), str(source))
     others = frame.drop(columns=[label])
-    parts = []
-    for name in others.columns:
-        column = others[name]
-        if pd.api.types.is_bool_dtype(column) or not pd.api.types.is_numeric_dtype(column):
-            if column.nunique() <= 50:
-                text = column.astype(object).where(column.notna(), "missing").astype(str)
-                parts.append(pd.get_dummies(text, prefix=str(name)).to_numpy(np.float64))
-            continue
-        values = np.array(column.to_numpy(np.float64, na_value=np.nan))
-        values[~np.isfinite(values)] = np.nan
-        if np.isnan(values).all():
-            continue
-        values = np.where(np.isnan(values), np.nanmedian(values), values)
-        parts.append(((values - values.mean()) / (values.std() or 1.0))[:, None])
+    columns = [made for name in others.columns if (made := _column_of(others[name], str(name))) is not None]
+    parts = [column.encode(others[column.name]) for column in columns]
     if not parts:
         raise ValueError(
             f"{source} has no column to learn {label!r} from: neither numbers nor up to 50 different values"
@@ -177,7 +310,55 @@ def read_table(path: str | Path, label: str) -> OwnData:
         [f"row {i}" for i in range(len(frame))],
         f"{len(frame)} rows of {source}, column {label!r}",
         rows=others.astype(str),
+        encode=_row_encoder(columns, [str(name) for name in others.columns]),
     )
+
+
+def train_small(
+    data: OwnData, train_set: Any, *, epochs: int = 10, seed: int = 0, kept: Path | None = None
+) -> tuple[Task, Independent]:
+    """Train the small network once.
+
+    Args:
+        data: Whose network it is.
+        train_set: All of its examples, or some.
+        epochs: Of the run; the checkpoints are spread over it.
+        seed: Of the run.
+        kept: A file in which the checkpoints are kept, and found again where it was made of the same examples.
+
+    Returns:
+        The task of the trained network, and its checkpoints as members.
+    """
+    check_count(epochs, "epochs")
+    batch = int(min(64, max(8, len(train_set) // 16)))
+    recipe = Recipe(lr=0.02, momentum=0.9, batch_size=batch, epochs=epochs)
+    places = sorted({max(1, round(epochs * (i + 1) / CHECKPOINTS)) for i in range(CHECKPOINTS)})
+    made_of = {"recipe": recipe.to_dict(), "seed": seed, "places": places, "data": fingerprint(train_set)}
+    model = data.build().eval()
+    states = None if kept is None else _kept_states(kept, made_of)
+    if states is None:
+        task = Task(model)
+        run = train_many(data.build, train_set, recipe, task_loss=task.loss, seeds=[seed], checkpoints=places)[0]
+        states = [run.checkpoints[epoch] for epoch in places]
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            arrays = {f"{i}/{name}": value.numpy() for i, state in enumerate(states) for name, value in state.items()}
+            write(kept, arrays, {"made_of": made_of})
+    model.load_state_dict(states[-1])
+    return Task(model), Independent(states)
+
+
+def _kept_states(path: Path, made_of: dict[str, Any]) -> list[dict[str, Tensor]] | None:
+    if not path.is_file():
+        return None
+    arrays, metadata = read_arrays(path)
+    if metadata.get("made_of") != made_of:
+        return None
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, array in arrays.items():
+        place, _, parameter = name.partition("/")
+        states.setdefault(int(place), {})[parameter] = torch.from_numpy(array)
+    return [states[place] for place in sorted(states)]
 
 
 def look_for_mislabels(
@@ -196,14 +377,8 @@ def look_for_mislabels(
     Returns:
         What `find_mislabels` returns, with the classes' names as labels.
     """
-    check_count(epochs, "epochs")
-    train_set = TensorDataset(data.inputs, data.labels)
-    task = Task(data.build().eval())
-    batch = int(min(64, max(8, len(data.labels) // 16)))
-    recipe = Recipe(lr=0.02, momentum=0.9, batch_size=batch, epochs=epochs)
-    kept = sorted({max(1, round(epochs * (i + 1) / CHECKPOINTS)) for i in range(CHECKPOINTS)})
-    run = train_many(data.build, train_set, recipe, task_loss=task.loss, seeds=[seed], checkpoints=kept)[0]
-    members = Independent([run.checkpoints[epoch] for epoch in kept])
+    train_set = data.dataset()
+    task, members = train_small(data, train_set, epochs=epochs, seed=seed)
     # N × N kernels of exact features up to a few thousand examples, fewer columns beyond
     features = Exact() if len(train_set) <= 5000 else Factorized(2048)
     attributor = TRAK(task, members, features=features, progress=progress).fit(train_set)
