@@ -81,7 +81,7 @@ def run(
         tell(f"{number} of {len(rows)}: {row.name}")
         measured.append(
             shop.row(
-                lambda row=row: _measure(shop, row, models, bank, chosen, progress),  # type: ignore[misc]
+                lambda row=row: measured_row(shop, row, models, bank, chosen, progress),  # type: ignore[misc]
                 TRAK,
                 row=row.to_dict(),
                 models=needed,
@@ -132,7 +132,7 @@ def made_with(setting: Setting) -> dict[str, Any]:
     return {} if setting.features is Exact else {"features": setting.features().describe()}
 
 
-def _measure(
+def measured_row(
     shop: Workshop, row: Row, models: Sequence[Trained], bank: Bank, chosen: Sequence[int], progress: bool
 ) -> dict[str, Any]:
     """Fits and attributes one ensemble: LDS, costs, and the strongest examples of the chosen queries."""

@@ -23,7 +23,7 @@ class Row:
         kind: One of `KINDS`.
         models: I, how many trained models (or runs) it needs.
         each: Masks, adapters, draws or checkpoints of each of them; 1 for the naive ensemble.
-        options: Of the kind: `p`; `scale`; `rank`, `epochs` and `lr` of adapters.
+        options: Of the kind: `p`; `scale`; `rank`, `epochs`, `lr` and `targets` of adapters.
     """
 
     kind: str
@@ -50,7 +50,10 @@ class Row:
     @property
     def detail(self) -> str:
         """Its options in words: `p 0.5`."""
-        return ", ".join(f"{name} {value:g}" for name, value in self.options.items())
+        return ", ".join(
+            f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {'+'.join(value)}"
+            for name, value in self.options.items()
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
