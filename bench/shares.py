@@ -1,15 +1,18 @@
 """Do shares foretell what leaving an owner out does?
 
-The training set is dealt to owners of unequal sizes, each with classes of its own preference. Models are retrained
+The training set is dealt to owners of unequal sizes, each with classes of its own preference; or, with ``--by``,
+examples have the owners that the setting knows (``--setting tunes-transformer --by family``). Models are retrained
 without each owner in turn; the fall of each test output is what that owner contributed to it. Compared with it, over
 owners and test examples: contributions (summed scores), shares under each scheme, and two controls that know no model:
-the size of the owner, and how many of its examples have the test example's class.
+the size of the owner, and how many of its examples have the test example's class (with ``--by``: the test example's
+own owner first, then the largest).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import ROOT, SETTING, early, environment, save, table
 
 FORMAT = 1
+FEW = 15
+"""Training examples below which an owner is one of the others."""
 
 
 def dealt(labels: Any, owners: int, seed: int = 0) -> Any:
@@ -43,13 +48,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from byline.uses import shares
 
     setting = settings.get(options.setting)
-    train, labels = setting.train_set, labels_of(setting.train_set)
-    test = Subset(setting.test_set, range(options.queries))
-    owners = dealt(labels, options.owners)
+    train, known = setting.train_set, None
+    test = Subset(setting.test_set, range(min(options.queries, len(setting.test_set))))
+    if options.by is None:
+        labels = labels_of(setting.train_set)
+        owners = dealt(labels, options.owners)
+    else:
+        if setting.owners is None:
+            raise SystemExit(f"--by {options.by}: {options.setting} knows no owners")
+        known = [[str(about[options.by]) or "unknown" for about in side] for side in setting.owners()]
+        counts = Counter(known[0])
+        owners = np.array([name if counts[name] >= FEW else "others" for name in known[0]])
     names, sizes = np.unique(owners, return_counts=True)
-    without = np.concatenate([np.ones((1, len(labels)), bool), owners[None] != names[:, None]])
+    without = np.concatenate([np.ones((1, len(owners)), bool), owners[None] != names[:, None]])
     out = options.out or ROOT / "runs" / options.setting
-    path = out / f"owners-{options.owners}-{options.queries}-{options.seeds}.safetensors"
+    which = options.owners if options.by is None else options.by
+    path = out / f"owners-{which}-{options.queries}-{options.seeds}.safetensors"
     task = setting.task()
     bank = byline.retrain(
         setting.trainer(), train, test_set=test, task=task, subsets=without, seeds=options.seeds, path=path
@@ -67,13 +81,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
     rows = [{"of": "retraining itself, half the models", "members": "", **_against(*falls, spearman)}]
     size = np.broadcast_to(sizes, fall.shape).astype(np.float64)
-    same = np.eye(int(labels.max()) + 1)[labels]
-    own = np.stack([same[owners == name].sum(0) for name in names])
-    mine = own[:, labels_of(setting.test_set)[: options.queries]].T
     rows.append({"of": "equal split: size of the owner", "members": "", **_against(size, fall, spearman)})
-    rows.append({"of": "number of examples of the same class", "members": "", **_against(mine, fall, spearman)})
+    if known is None:
+        same = np.eye(int(labels.max()) + 1)[labels]
+        own = np.stack([same[owners == name].sum(0) for name in names])
+        mine, title = own[:, labels_of(setting.test_set)[: len(test)]].T, "number of examples of the same class"
+    else:
+        mine = size + size.max() * (np.array(known[1][: len(test)])[:, None] == names)
+        title = "the work's own owner first, then the largest"
+    rows.append({"of": title, "members": "", **_against(mine, fall, spearman)})
     for title, states in members.items():
-        attributor = byline.TRAK(task, byline.Independent(states), progress=False).fit(train)
+        attributor = byline.TRAK(
+            task, byline.Independent(states), features=setting.features(), batch_size=setting.batch_size, progress=False
+        ).fit(train)
         votes = attributor.votes(test)
         for scheme in ("net", "clipped"):
             found = shares(votes, owners, scheme=scheme)
@@ -82,7 +102,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     {"of": "contributions", "members": title, **_against(found.contributions.value, fall, spearman)}
                 )
             rows.append({"of": f"shares, {scheme}", "members": title, **_against(found.works.value, fall, spearman)})
-    return {"owners": len(names), "sizes": [int(sizes.min()), int(sizes.max())], "rows": rows}
+    return {"owners": len(names), "works": len(test), "sizes": [int(sizes.min()), int(sizes.max())], "rows": rows}
 
 
 def _against(said: Any, fall: Any, spearman: Any) -> dict[str, Any]:
@@ -109,6 +129,7 @@ def main() -> None:
     )
     parser.add_argument("--setting", default=SETTING, help="a setting with labels (%(default)s)")
     parser.add_argument("--owners", type=int, default=20, help="among whom the training set is dealt (%(default)s)")
+    parser.add_argument("--by", help="whose examples are, as the setting knows it: collection, family, module")
     parser.add_argument("--queries", type=int, default=200, help="test examples, the works (%(default)s)")
     parser.add_argument("--seeds", type=int, default=10, help="models retrained without each owner (%(default)s)")
     parser.add_argument("--out", type=Path, help="where what is retrained is kept (runs/SETTING)")
@@ -122,7 +143,7 @@ def main() -> None:
         work = f"{row['per_work']:.3f} ({low:.2f} to {high:.2f})"
         lines.append([row["of"], row["members"], work, f"{row['catalogue']:.3f}"])
     low, high = result["sizes"]
-    print(f"\n{options.setting}, {result['owners']} owners of {low} to {high} examples each, {options.queries} works\n")
+    print(f"\n{options.setting}, {result['owners']} owners of {low} to {high} examples each, {result['works']} works\n")
     print(table(["foretold by", "members", "rank correlation over owners, per work", "catalogue"], lines))
     save(options.json, {"format": FORMAT, "environment": about, **result})
 
