@@ -66,6 +66,12 @@ def client(ready):
 
 
 DROPPED = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3)).eval()
+
+
+def halves():
+    return byline.CrossFit(models(4), byline.folds(N, 2, repeats=2))
+
+
 WAYS = {
     "trak": lambda: made(damping=0.3),
     "trak, kernels": lambda: made(features=byline.Exact(), damping=0.3),
@@ -77,6 +83,11 @@ WAYS = {
     "influence": lambda: made("Influence", solver="explicit", features=byline.Exact()),
     "tracin": lambda: made("TracIn"),
     "knn": lambda: byline.KNNShapley(byline.Task(models(1)[0]), byline.Independent(models(2)), k=3),
+    "trak, out-of-sample": lambda: made(ensemble=halves(), damping=0.3, residual="out-of-sample"),
+    "trak, leave-one-out": lambda: made(ensemble=halves(), damping=0.3, residual="leave-one-out"),
+    "trak, sqrt, kernels": lambda: made(
+        ensemble=halves(), features=byline.Exact(), damping=0.3, residual="sqrt", hessian="weighted"
+    ),
     "one member": lambda: made(ensemble=byline.Independent(models(1))),
 }
 

@@ -397,3 +397,21 @@ def test_bad_input(fold):
     lossy = byline.Task(fold.model, loss=lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1], reduction="none"))
     with pytest.raises(ValueError, match="whose gradient is Q times"):
         byline.GradDot(lossy, fold.ensemble, residual="out-of-sample", progress=False).fit(fold.train)
+
+
+@pytest.mark.parametrize("residual", ["out-of-sample", "in-sample", "leave-one-out", "sqrt"])
+@pytest.mark.parametrize("hessian", ["unweighted", "weighted"])
+def test_one_model_under_two_folds_is_two_members(fold, residual, hessian):
+    """The same weights said to be trained on other examples: as if they were other models."""
+    one, other = fold.trained_on[:2]
+    twin = copy.deepcopy(fold.models[0])
+    next(twin.parameters()).data.flatten()[0] += 1e-7
+    options = {"residual": residual, "hessian": hessian, "features": byline.Factorized(8)}
+    both = byline.CrossFit(fold.models[:1], [one]) + byline.CrossFit(fold.models[:1], [other])
+    apart = byline.CrossFit([fold.models[0], twin], [one, other])
+    found, want = (fitted(fold, ensemble=e, **options).attribute(fold.test) for e in (both, apart))
+    np.testing.assert_allclose(found.values, want.values, rtol=1e-3, atol=1e-5)
+    assert not (found.values == 0).all(0).any()
+    swapped = byline.CrossFit(fold.models[:1], [other]) + byline.CrossFit(fold.models[:1], [one])
+    again = fitted(fold, ensemble=swapped, **options).attribute(fold.test)
+    np.testing.assert_allclose(again.values, found.values, rtol=1e-4, atol=1e-6)

@@ -248,6 +248,31 @@ def test_a_fresh_model_is_what_it_was_when_it_was_made():
     fresh(nn.MultiheadAttention(4, 2))()
 
 
+def test_a_folder_made_by_another_function_is_refused(data, task, tmp_path):
+    recipe = Recipe(lr=0.1, batch_size=20, epochs=2)
+    byline.train_ensemble(task, data, recipe, build=mlp, folder=tmp_path / "a")
+    byline.train_ensemble(task, data, recipe, build=mlp, folder=tmp_path / "a")
+    with pytest.raises(ValueError, match="holds an ensemble of another task"):
+        byline.train_ensemble(task, data, recipe, build=plain, folder=tmp_path / "a")
+    with pytest.raises(ValueError, match="holds an ensemble of another task"):
+        byline.train_ensemble(task, data, recipe, folder=tmp_path / "a")
+    (tmp_path / "a" / "ensemble.json").write_text('{"sha')
+    with pytest.raises(ValueError, match=r"ensemble\.json is damaged"):
+        byline.train_ensemble(task, data, recipe, build=mlp, folder=tmp_path / "a")
+
+
+def test_an_attention_is_what_it_was_when_it_was_made():
+    torch.manual_seed(0)
+    made = fresh(nn.TransformerEncoderLayer(8, 2, 16))()
+    assert made.self_attn.out_proj.bias.abs().max() == 0
+
+
+def test_a_held_out_loss_that_is_no_number_is_refused(data, task):
+    other = TensorDataset(torch.full((4, 6), float("nan")), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"validation: .*held-out examples is nan"):
+        byline.train_ensemble(task, data, Recipe(lr=0.1, epochs=2), validation=other)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

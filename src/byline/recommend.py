@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from byline.ensembles.base import check_count
 from byline.task import Task
 
 BUDGETS = ("trainings", "serving", "space")
@@ -100,8 +101,15 @@ def recommend(
         data: the measurements; those of the package by default.
 
     Raises:
-        ValueError: a setting that was not measured, or nothing is within the budget.
+        TypeError: ``what`` is neither.
+        ValueError: a setting that was not measured, limits of something else, or nothing is within the budget.
     """
+    if not isinstance(what, str | Task):
+        raise TypeError(f"what is a {type(what).__name__}; expected the name of a setting or a byline.Task")
+    check_count(count, "count")
+    odd = set(limits) - {"trainings", "serving", "space"}
+    if odd:
+        raise ValueError(f"limits has {sorted(odd)}; expected some of trainings, serving and space")
     data = measured() if data is None else data
     if isinstance(what, str) and what not in data:
         raise ValueError(
@@ -114,6 +122,8 @@ def recommend(
         for row in one["rows"]:
             if row.get("refused") is None and not (isinstance(what, Task) and _refuses(what.model, row["strategy"])):
                 for variant, values in row["lds"].items():
+                    if isinstance(what, Task) and what.own_residual and _needs_residual(variant):
+                        continue
                     costs = _costs(row, by_name)
                     share = fmean(values) / (one["ceiling"] or 1.0)
                     found.setdefault((row["name"], variant), []).append((one["setting"], share, values, costs | row))
@@ -142,6 +152,12 @@ def _refuses(model: nn.Module, strategy: Mapping[str, Any]) -> bool:
     """Whether a strategy needs dropout layers, and the model has none."""
     drops = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in model.modules())
     return strategy["change"] in ("dropout", "forward-only") and not drops
+
+
+def _needs_residual(variant: str) -> bool:
+    """Whether TRAK refuses it for a task whose residual is the caller's own."""
+    hessian, _, residual = variant.partition(" ")
+    return hessian == "weighted" or residual == "leave-one-out"
 
 
 def _costs(row: Mapping[str, Any], by_name: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -203,7 +203,7 @@ class Task:
             "output": self._output.describe(),
         }
         for key, function in (("loss", self._loss), ("residual", self._residual)):
-            parts[key] = "default" if function is None else _source(function)
+            parts[key] = "default" if function is None else source_of(function)
         return parts
 
     def __repr__(self) -> str:
@@ -211,7 +211,7 @@ class Task:
         return f"Task({type(self.model).__name__}, output={self.name!r}, {count:,} attributed parameters)"
 
 
-def _source(value: Any, depth: int = 4) -> str:
+def source_of(value: Any, depth: int = 4) -> str:
     """A digest of a callable that changes when its code does, or what it closes over, or its arguments' defaults."""
     name = getattr(value, "__qualname__", type(value).__name__)
     return f"{name}:{hashlib.sha256(repr(_content(value, depth)).encode()).hexdigest()[:16]}"
@@ -488,7 +488,7 @@ class _Called(_Output):
         return value, torch.sigmoid(-value.detach())
 
     def describe(self) -> str:
-        return _source(self.function)
+        return source_of(self.function)
 
 
 def _with_target(batch: Batch, target: Tensor) -> Batch:

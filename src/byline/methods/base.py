@@ -583,10 +583,11 @@ class Attributor(ABC):
         )
 
     def _gather(self) -> list[Voter]:
-        """Members grouped by their gradients, with the residuals that the store holds."""
-        groups: dict[str, list[Member]] = {}
+        """Members grouped by their gradients and what they were trained on, with the residuals that the store holds."""
+        groups: dict[tuple[str, bytes | None], list[Member]] = {}
         for member in self.ensemble.members():
-            groups.setdefault(member.identity("gradient"), []).append(member)
+            seen = None if member.trained_on is None else member.trained_on.tobytes()
+            groups.setdefault((member.identity("gradient"), seen), []).append(member)
         voters = []
         for members in groups.values():
             voter = Voter(members[0], sum(m.weight for m in members), torch.empty(0), None, tuple(members))

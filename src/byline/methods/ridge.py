@@ -35,9 +35,13 @@ class Ridge(Attributor):
         self._check_fitted()
         if self.damping == "auto":
             for voter in self._voters:
-                if voter.member.identity("gradient") not in self._chosen:
+                if self._key(voter) not in self._chosen:
                     self._factor(voter)
-        return {v.member.name: self._relative(v.member.identity("gradient"), None) for v in self._voters}
+        return {v.member.name: self._relative(self._key(v), None) for v in self._voters}
+
+    def _key(self, voter: Voter) -> str:
+        """What a factor depends on, besides the training set."""
+        return voter.member.identity("gradient")
 
     def _relative(self, identity: str, gram: Tensor | None) -> float:
         if self.damping != "auto":
@@ -66,7 +70,7 @@ class Ridge(Attributor):
 
     def _factor(self, voter: Voter) -> tuple[Tensor, float]:
         """Cholesky factor of the damped matrix and its λ; the last ones used are kept, up to 256 MB."""
-        name, key = voter.member.name, voter.member.identity("gradient")  # joined ensembles repeat names
+        name, key = voter.member.name, self._key(voter)  # joined ensembles repeat names
         if key in self._factors:
             self._factors.move_to_end(key)
             return self._factors[key]

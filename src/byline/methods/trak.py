@@ -74,10 +74,15 @@ class TRAK(Ridge):
         super()._choose_residuals()
         self._scale_of: dict[str, Tensor] = {}
 
+    def _key(self, voter: Voter) -> str:
+        own, fold = super()._key(voter), voter.member.trained_on
+        # weights are made of the residuals of all members that share the gradients and the fold
+        return own if self.hessian == "unweighted" or fold is None else f"{own}-{batches.digest_of([fold])}"
+
     def _scales(self, voter: Voter) -> Tensor | None:
         if self.hessian == "unweighted" or self.task.name == "regression":
             return None
-        key = voter.member.identity("gradient")
+        key = self._key(voter)
         if key not in self._scale_of:
             weights = residuals.curvature(voter.residual, self.task.name)
             self._scale_of[key] = weights.clamp_min(residuals.FLOOR).sqrt()

@@ -132,7 +132,7 @@ class Explorer:
         a._products = Products(a._shared())
         mean = RunningMean(lambda: np.zeros((last, 1), np.float32), a._with_residuals)
         for voter, queries in zip(a._voters, held, strict=True):
-            mean.begin(voter.weight, voter.residual[index : index + 1])
+            a._begin(mean, voter, slice(index, index + 1))
             train = a._stored(voter).read(index, index + 1)
             for start, stop, query in queries:
                 mean.add(start, stop, query.against(train, index, index + 1))
@@ -173,7 +173,7 @@ class Explorer:
         mean = RunningMean(lambda: np.zeros((1, n), np.float32), a._with_residuals)
         votes = np.empty((len(voters), n), np.float32)
         for place, voter in enumerate(voters):
-            mean.begin(voter.weight, voter.residual)
+            a._begin(mean, voter)
             found = self._vote(voter, job, shared)
             votes[place] = found[0].detach().cpu().numpy()
             mean.add(0, 1, found)
@@ -183,7 +183,7 @@ class Explorer:
         output, predicted = self._forward(item)
         if not np.isfinite(values).all():
             raise Refused("the example has scores that are not finite")
-        known = np.isfinite(factor)
+        known = np.isfinite(factor) and not (a._with_residuals and any(v.counted is not None for v in voters))
         return Said(values[0], errors[0], deviations if known else None, weights, factor, output, predicted)
 
     def _vote(self, voter: Voter, job: Job, shared: set[str]) -> torch.Tensor:
@@ -201,7 +201,7 @@ class Explorer:
         middle = share @ votes
         apart = votes - middle
         if a._with_residuals:
-            residuals = torch.stack([voter.residual for voter in a._voters]).numpy().astype(np.float32)
+            residuals = torch.stack([a._q(voter) for voter in a._voters]).numpy().astype(np.float32)
             mean = share @ residuals
             apart *= mean
             apart += middle * (residuals - mean)

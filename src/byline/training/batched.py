@@ -417,6 +417,12 @@ def _fit(
         if held is None:
             continue
         seen[epoch] = _held_out(models, watched, held)
+        for member, value in zip(members, seen[epoch].tolist(), strict=True):
+            if not np.isfinite(value):
+                raise ValueError(
+                    f"validation: seed {member.seed}, epoch {epoch + 1}, the mean loss of the held-out examples is "
+                    f"{value}; expected a finite number"
+                )
         lowest = (seen[: epoch + 1].argmin(0) + 1).tolist()
         now = models.states()
         # of members whose time is over, what comes later does not count

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from byline.engines.base import Engine
 from byline.ensembles import CrossFit, Ensemble, Independent, Trajectory, folds
 from byline.ensembles.base import StateDict, check_count, check_seed
 from byline.ledger import Cost, Ledger
-from byline.task import Task
+from byline.task import Task, source_of
 from byline.training.batched import Build, Run, train_many
 from byline.training.data import derive
 from byline.training.recipe import Recipe
@@ -112,6 +112,10 @@ def train_ensemble(
     length, runs = len(data), _runs(kind, models, parts)
     recipe, epochs = _epochs(kind, recipe, checkpoints, validation is not None)
     check_seed(seed)
+    check_count(group, "group")
+    # a mended function makes other models, and its old ones must not be taken for them
+    made_by = {"build": None if build is None else source_of(build)}
+    made_by["collate"] = None if collate is None else source_of(collate)
     build = fresh(task.model) if build is None else build
     subsets, held, other = _splits(kind, length, runs, parts, validation, seed)
 
@@ -124,7 +128,7 @@ def train_ensemble(
         "patience": patience,
         "group": group,
         "batched": batched,
-        "collate": collate,
+        "collate": getattr(train_set, "collate_fn", None) if collate is None else collate,
         "device": device,
         "progress": progress,
         "engine": engine,
@@ -143,6 +147,7 @@ def train_ensemble(
         "seed": seed,
         "group": group,
         "batched": batched,
+        **{name: made for name, made in made_by.items() if made is not None},
     }
     shelf = _Shelf(folder, config)
     seeds = [derive(seed, i, _SEED) for i in range(runs)]
@@ -194,13 +199,22 @@ def fresh(model: nn.Module) -> Build:
 
     def build() -> nn.Module:
         made = copy.deepcopy(template)
-        for module in made.modules():
+        for module in _inside_first(made, set()):
             reset = _reset(module)
             if reset is not None:
                 reset()
         return made.train()
 
     return build
+
+
+def _inside_first(module: nn.Module, known: set[nn.Module]) -> Iterator[nn.Module]:
+    """Modules as constructors initialise them: an attention zeroes the bias of the layer inside it, afterwards."""
+    known.add(module)
+    for child in module.children():
+        if child not in known:
+            yield from _inside_first(child, known)
+    yield module
 
 
 def _reset(module: nn.Module) -> Callable[[], None] | None:
@@ -244,6 +258,10 @@ def _epochs(
         if kind == "crossfit":
             return recipe, None
         checkpoints = min(5, recipe.epochs)
+    if not isinstance(checkpoints, int | list | tuple | range) or not all(
+        isinstance(epoch, int) for epoch in (checkpoints if not isinstance(checkpoints, int) else ())
+    ):
+        raise ValueError(f"checkpoints is {checkpoints!r}; expected a whole number, or a list of epochs")
     if isinstance(checkpoints, int):
         if check_count(checkpoints, "checkpoints") > recipe.epochs:
             raise ValueError(f"checkpoints is {checkpoints}; expected at most the {recipe.epochs} epochs of the recipe")
@@ -304,10 +322,12 @@ class _Shelf:
             return
         text = json.dumps(config, sort_keys=True)
         digest, record = hashlib.sha256(text.encode()).hexdigest(), self.folder / "ensemble.json"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"folder is {self.folder}, which is a file; expected a folder, or a new name")
         self.folder.mkdir(parents=True, exist_ok=True)
         if not record.exists():
             _write(record, {"sha256": digest, "config": config})
-        elif json.loads(record.read_text(encoding="utf-8"))["sha256"] != digest:
+        elif _digest_in(record) != digest:
             raise ValueError(
                 f"folder {self.folder} holds an ensemble of another task, training set, recipe or arguments; expected "
                 "an empty folder, or the arguments it was made with"
@@ -344,6 +364,13 @@ class _Shelf:
         found = self.find(slice(start, start + len(runs)))
         assert found is not None
         return found
+
+
+def _digest_in(record: Path) -> str:
+    try:
+        return str(json.loads(record.read_text(encoding="utf-8"))["sha256"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{record} is damaged; delete it with the runs beside it, or take another folder") from None
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
