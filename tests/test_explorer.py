@@ -249,6 +249,32 @@ def test_what_is_brought_is_explained_as_what_the_model_says(client, ready):
     assert same["scores"] == found["scores"]
 
 
+@pytest.mark.parametrize(("kind", "label"), [(torch.uint8, 300), (torch.int16, 70_000), (torch.int64, 3)])
+def test_a_label_that_there_is_not_is_refused(kind, label):
+    def narrow(n: int, seed: int) -> list[Any]:
+        x, y = examples(n, seed).tensors
+        return list(zip(x, y.to(kind), strict=True))
+
+    def collate(items: list[Any]) -> Any:
+        return torch.stack([x for x, _ in items]), torch.stack([y for _, y in items]).long()
+
+    ready = Served(made(collate=collate), narrow(N, 0), test_set=narrow(3, 1)).ready()
+    with TestClient(create_app(ready), base_url=URL) as client:
+        answer = client.post("/v1/explore/scores", json={"test": 0, "label": label})
+        assert (answer.status_code, "out of range" in answer.json()["error"]) == (422, True)
+        assert client.post("/v1/explore/scores", json={"test": 0, "label": 2}).status_code == 200
+
+
+@pytest.mark.parametrize("old", [torch.tensor(0, dtype=torch.uint8), np.uint8(0)])
+def test_a_label_that_does_not_fit_its_type_is_refused(old):
+    from byline.serve.page import _relabelled
+    from byline.serve.worker import Refused
+
+    assert int(_relabelled((0, old), 255)[1]) == 255
+    with pytest.raises(Refused, match="256 is out of range"):
+        _relabelled((0, old), 256)
+
+
 X = [0.1, 0.2, 0.3, 0.4, 0.5]
 BAD = [
     ("scores", {}, 422, "expected one of test, upload and example"),
@@ -318,6 +344,8 @@ def test_the_page_and_its_assets(client):
         assert (found.status_code, found.headers["x-content-type-options"]) == (200, "nosniff")
     for name in ("explorer.py", "nothing.js", "..%2fpage.py", "%2e%2e/page.py", "base.html.j2"):
         assert client.get(f"/assets/{name}").status_code == 404
+    # longer than a file's name may be
+    assert client.get(f"/assets/{'a' * 300}.css").status_code == 404
     # nothing from elsewhere, nothing inside that a strict policy would refuse
     text = page.text + client.get("/assets/explorer.js").text + client.get("/assets/explorer.css").text
     assert "https://" not in text

@@ -26,6 +26,8 @@ from byline.serve.worker import Refused, Worker
 ASSETS = Folder(__file__).parent / "assets"
 STYLE = Folder(report.__file__).parent / "assets" / "report.css"
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+# looked up by name alone, so that no name from outside ever becomes a path
+_ASSETS = {path.name: path for path in (*ASSETS.iterdir(), STYLE) if path.suffix in KINDS}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -106,7 +108,8 @@ def explorer_routes(
     if upload is None and served.decode is None and isinstance(template, Template):
         upload, takes = template.row(), "row"
     classified = attributor.task.name == "classification" and _labelled(attributor._train_set[0])
-    classes = min(_CLASSES, explorer.classes()) if classified else 0
+    outputs = explorer.classes() if classified else 0
+    classes = min(_CLASSES, outputs)
     refusals: dict[int | str, Any] = {429: {"model": Problem}, 503: {"model": Problem}}
     routes = APIRouter(include_in_schema=True)
     # the first of everything takes longest: nobody should have to wait for it
@@ -131,7 +134,14 @@ def explorer_routes(
                 raise Unfit(422, str(error)[:500]) from None
         if question.label is not None and not classified:
             raise Unfit(422, "label is given, and the outputs of this model are not those of classes")
-        return item if question.label is None else _relabelled(item, question.label)
+        if question.label is None:
+            return item
+        if question.label >= outputs:
+            raise Unfit(422, f"label is {question.label}, which is out of range; expected one below {outputs}")
+        try:
+            return _relabelled(item, question.label)
+        except Refused as error:
+            raise Unfit(422, str(error)) from None
 
     async def asked(question: Question, request: Request) -> tuple[Any, Said]:
         """The item, and what is said of it."""
@@ -257,8 +267,8 @@ def explorer_routes(
 
 def _asset(name: str) -> Response:
     # the page looks as reports do
-    path = STYLE if name == STYLE.name else ASSETS / name
-    if path.parent not in (ASSETS, STYLE.parent) or path.suffix not in KINDS or not path.is_file():
+    path = _ASSETS.get(name)
+    if path is None:
         return problem(404, "Not Found")
     return Response(path.read_bytes(), media_type=KINDS[path.suffix], headers=HEADERS)
 
@@ -291,8 +301,18 @@ def _relabelled(item: Any, label: int) -> Any:
     if not _labelled(item):
         raise Refused("the example has no label that could be another one")
     old = item[1]
+    most = _most(old)
+    if label > most:
+        raise Refused(f"the label {label} is out of range; the example's own are at most {most}")
     made = torch.full_like(old, label) if isinstance(old, torch.Tensor) else type(old)(label)
     return type(item)([item[0], made])
+
+
+def _most(label: Any) -> int:
+    """The largest number that a label of this type can be."""
+    if isinstance(label, torch.Tensor):
+        return torch.iinfo(label.dtype).max
+    return int(np.iinfo(type(label)).max) if isinstance(label, np.integer) else 2**63 - 1
 
 
 def _words(name: str) -> str:
