@@ -190,6 +190,39 @@ def test_what_removing_some_would_change(way, unit):
     assert (none["change"], none["stderr"]) == (0, 0)
 
 
+@pytest.mark.parametrize("method", ["TRAK", "Influence"])
+def test_scores_by_the_root_of_the_residual_are_no_change_of_the_output(method):
+    more = {} if method == "TRAK" else {"features": byline.Exact(), "solver": "explicit"}
+    assert Explorer(serves(made(method, **more))).unit is not None
+    assert Explorer(serves(made(method, residual="sqrt", **more))).unit is None
+
+
+def test_another_model_or_method_is_another_service():
+    from byline.serve.worker import Worker
+
+    def identity(method: Any) -> str:
+        return Worker(serves(method).attributor, Limits()).identity
+
+    task, others = byline.Task(models(1)[0], output=lambda model, batch: model(batch[0])[:, 0]), byline.Independent(models(3, seed=1))
+    exact = {"features": byline.Exact(), "solver": "explicit"}
+    made_so = [
+        made(),
+        made(damping=0.3),
+        made(residual="sqrt"),
+        made(hessian="weighted"),
+        made(ensemble=others),
+        made(features=byline.Factorized(8)),
+        made("GradDot"),
+        byline.TRAK(task, byline.Independent(models(3)), features=byline.Factorized(16), progress=False),
+        made("Influence", **exact),
+        made("Influence", curvature="fisher", **exact),
+    ]
+    found = [identity(method) for method in made_so]
+    assert len(set(found)) == len(found)
+    # and the same after a restart, however it is worked
+    assert identity(made(batch_size=7)) == found[0]
+
+
 def test_removing_from_a_linear_model_is_foretold():
     """Ridge regression, whose influence is exact: the sum of scores against fitting without them."""
     generator = torch.Generator().manual_seed(0)
