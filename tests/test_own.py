@@ -128,6 +128,27 @@ def test_tables_of_other_countries(table, tmp_path, separator):
     assert torch.equal(one.labels, same.labels)
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_row_is_read_as_the_table_is(table, separator):
+    data = read_table(table, "answer")
+    frame = pd.read_csv(table)
+    # row 5 has no height
+    for place in (0, 5, int(frame.colour.isna().to_numpy().argmax())):
+        for nothing in ("", "NA", "null"):
+            row = frame.iloc[[place]].to_csv(index=False, sep=separator, na_rep=nothing)
+            assert torch.allclose(data.encode(row.encode()), data.inputs[place])
+
+
+def test_numbers_without_end_are_refused(table, tmp_path):
+    data, frame = read_table(table, "answer"), pd.read_csv(table)
+    frame.loc[0, "height"] = 1e300
+    with pytest.raises(ValueError, match="column 'height' has a number that is too large"):
+        data.encode(frame.iloc[[0]].to_csv(index=False).encode())
+    frame.to_csv(tmp_path / "large.csv", index=False)
+    with pytest.raises(ValueError, match="column 'height' has a number that is too large"):
+        read_table(tmp_path / "large.csv", "answer")
+
+
 def test_results_stand_under_the_name_of_what_was_looked_at(photos, table, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(photos, "--rows", 2, "--size", 8, "--epochs", 1).exit_code == 0
