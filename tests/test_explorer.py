@@ -27,6 +27,7 @@ from fastapi.testclient import TestClient  # noqa: E402
 from byline.cli import app as cli  # noqa: E402
 from byline.serve import runs  # noqa: E402
 from byline.serve.app import create_app  # noqa: E402
+from byline.serve.decode import Template  # noqa: E402
 from byline.serve.explore import Explorer  # noqa: E402
 from byline.serve.gallery import Gallery, seen  # noqa: E402
 
@@ -349,6 +350,23 @@ def test_what_is_malformed_is_refused_in_a_sentence(client, route, body, status,
     assert answer.status_code == status, answer.text
     assert says in answer.json()["error"]
     assert client.post("/v1/explore/scores", json={"test": 0}).status_code == 200
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.float32])
+def test_a_row_has_the_numbers_that_its_vector_has(kind):
+    read = Template([(torch.tensor([1, 2, 3], dtype=kind), torch.tensor(1))]).row()
+    row, label = read(b"a,b,c\n4, 5,6")
+    assert (row.dtype, row.tolist(), int(label)) == (kind, [4, 5, 6], 0)
+    if kind != torch.float32:
+        with pytest.raises(ValueError, match="something else than whole numbers"):
+            read(b"1,2,3.5")
+
+
+@pytest.mark.parametrize("rest", ["a text", True, torch.tensor(True), torch.zeros(2), {"a": 0}])
+def test_no_row_is_offered_where_the_rest_takes_no_number(rest):
+    assert Template([(torch.zeros(3), rest)]).row() is None
+    assert Template([(torch.zeros(3), 0.5)]).row() is not None
+    assert Template([(torch.zeros(3, dtype=torch.bool), 0)]).row() is None
 
 
 def test_what_is_too_large_is_refused(client):
