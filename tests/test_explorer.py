@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -204,7 +206,10 @@ def test_another_model_or_method_is_another_service():
     def identity(method: Any) -> str:
         return Worker(serves(method).attributor, Limits()).identity
 
-    task, others = byline.Task(models(1)[0], output=lambda model, batch: model(batch[0])[:, 0]), byline.Independent(models(3, seed=1))
+    task, others = (
+        byline.Task(models(1)[0], output=lambda model, batch: model(batch[0])[:, 0]),
+        byline.Independent(models(3, seed=1)),
+    )
     exact = {"features": byline.Exact(), "solver": "explicit"}
     made_so = [
         made(),
@@ -336,6 +341,7 @@ BAD = [
     ("change", {"question": {"test": 0}, "removed": [N]}, 404, "there are 60 training examples"),
     ("change", {"question": {"test": 0}, "removed": [-1]}, 422, "removed"),
     ("change", {"question": {"test": 0}, "removed": ["1"]}, 422, "removed"),
+    ("change", {"question": {"test": 0}, "removed": [0] * (N + 1)}, 422, "removed has 61 places"),
     ("change", {"question": {}, "removed": []}, 422, "expected one of"),
     ("examples", {"of": "train", "places": [N]}, 404, "there are 60"),
     ("examples", {"of": "else", "places": [0]}, 422, "of"),
@@ -367,6 +373,22 @@ def test_no_row_is_offered_where_the_rest_takes_no_number(rest):
     assert Template([(torch.zeros(3), rest)]).row() is None
     assert Template([(torch.zeros(3), 0.5)]).row() is not None
     assert Template([(torch.zeros(3, dtype=torch.bool), 0)]).row() is None
+
+
+def test_pictures_are_read_two_at_a_time():
+    from byline.serve.page import Upload, _uploaded
+
+    running, most = [], []
+
+    def read(data: bytes) -> None:
+        running.append(data)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda _: _uploaded(Upload(base64=""), read), range(6)))
+    assert max(most) <= 2
 
 
 def test_what_is_too_large_is_refused(client):

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import binascii
+import threading
 from collections.abc import Callable
 from pathlib import Path as Folder
 from typing import Annotated, Any
@@ -37,6 +38,8 @@ HEADERS = {
     # the page of another version must not be shown to this one
     "Cache-Control": "no-cache",
 }
+# a picture takes a hundred times its file once it is decoded: no more at once than there is room for
+_READING = threading.BoundedSemaphore(2)
 _LISTED = 200  # examples that are described at once
 _NAMED = 5000  # examples that are named at once
 _CLASSES = 1000  # at most so many outputs to choose from
@@ -243,6 +246,8 @@ def explorer_routes(
     @routes.post("/v1/explore/change", responses=refusals)
     async def change(removal: Removal, request: Request) -> Response:
         """The predicted change of the output when some training examples are taken out, to first order."""
+        if len(removal.removed) > train.n:
+            return problem(422, f"removed has {len(removal.removed)} places; there are {train.n} training examples")
         places = np.unique(np.array(removal.removed, np.int64))
         if len(places) and places[-1] >= train.n:
             return problem(404, f"there are {train.n} training examples")
@@ -281,7 +286,8 @@ def _uploaded(given: Upload, read: Callable[[bytes], Any] | None) -> Any:
     except (binascii.Error, UnicodeEncodeError, ValueError):
         raise Unfit(422, "upload.base64 is no base64") from None
     try:
-        return read(data)
+        with _READING:
+            return read(data)
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, OSError) as error:
         sentence = str(error).splitlines()[0][:500] if str(error) else "it cannot be read"
         raise Unfit(422, sentence) from None

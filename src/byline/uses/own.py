@@ -32,7 +32,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".
 CHECKPOINTS = 5
 _LEAST = 2  # examples of a class
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-_PIXELS = 50_000_000
+_PIXELS = 12_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,7 @@ def picture(data: bytes, height: int, width: int, mode: str = "RGB") -> np.ndarr
         mode: "RGB", or "L" for grey.
 
     Raises:
-        ValueError: No picture, another format, or one of more than 50 million pixels.
+        ValueError: No picture, another format, or one of more than 12 million pixels.
         ModuleNotFoundError: Pillow is not installed.
     """
     installed("PIL", "images", "reading pictures")
