@@ -58,7 +58,7 @@ class Template:
         return self.root.describe()
 
     def row(self) -> Callable[[bytes], Any] | None:
-        """Reads one row of a CSV file, where items are a vector of numbers, alone or with a part that 0 can stand for."""
+        """Reads one row of a CSV file, where items are a vector of numbers, alone or with a part that takes 0."""
         parts = list(self.root.parts.values()) if isinstance(self.root, _Parts) else [self.root]
         vector = parts[0]
         if not isinstance(vector, _Tensor) or len(vector.shape) != 1 or not vector.shape[0] or vector.name == "bool":

@@ -249,7 +249,7 @@ def _column_of(column: Any, name: str) -> _Column | None:
 
 
 def _frame(source: Callable[[], Any], where: str, **options: Any) -> Any:
-    """What `pandas.read_csv` makes of a file, by the separator that it turns out to have; a fresh handle for each trial.
+    """What `pandas.read_csv` makes of a file, by the separator that it has; a fresh handle for each trial.
 
     Raises:
         ValueError: It is no CSV file.
