@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from fastapi.testclient import TestClient  # noqa: E402
 from byline.cli import app as cli  # noqa: E402
 from byline.serve import runs  # noqa: E402
 from byline.serve.app import create_app  # noqa: E402
+from byline.serve.decode import Template  # noqa: E402
 from byline.serve.explore import Explorer  # noqa: E402
 from byline.serve.gallery import Gallery, seen  # noqa: E402
 
@@ -201,6 +204,42 @@ def test_what_removing_some_would_change(way, unit):
     assert (none["change"], none["stderr"]) == (0, 0)
 
 
+@pytest.mark.parametrize("method", ["TRAK", "Influence"])
+def test_scores_by_the_root_of_the_residual_are_no_change_of_the_output(method):
+    more = {} if method == "TRAK" else {"features": byline.Exact(), "solver": "explicit"}
+    assert Explorer(serves(made(method, **more))).unit is not None
+    assert Explorer(serves(made(method, residual="sqrt", **more))).unit is None
+
+
+def test_another_model_or_method_is_another_service():
+    from byline.serve.worker import Worker
+
+    def identity(method: Any) -> str:
+        return Worker(serves(method).attributor, Limits()).identity
+
+    task, others = (
+        byline.Task(models(1)[0], output=lambda model, batch: model(batch[0])[:, 0]),
+        byline.Independent(models(3, seed=1)),
+    )
+    exact = {"features": byline.Exact(), "solver": "explicit"}
+    made_so = [
+        made(),
+        made(damping=0.3),
+        made(residual="sqrt"),
+        made(hessian="weighted"),
+        made(ensemble=others),
+        made(features=byline.Factorized(8)),
+        made("GradDot"),
+        byline.TRAK(task, byline.Independent(models(3)), features=byline.Factorized(16), progress=False),
+        made("Influence", **exact),
+        made("Influence", curvature="fisher", **exact),
+    ]
+    found = [identity(method) for method in made_so]
+    assert len(set(found)) == len(found)
+    # and the same after a restart, however it is worked
+    assert identity(made(batch_size=7)) == found[0]
+
+
 def test_removing_from_a_linear_model_is_foretold():
     """Ridge regression, whose influence is exact: the sum of scores against fitting without them."""
     generator = torch.Generator().manual_seed(0)
@@ -260,6 +299,32 @@ def test_what_is_brought_is_explained_as_what_the_model_says(client, ready):
     assert same["scores"] == found["scores"]
 
 
+@pytest.mark.parametrize(("kind", "label"), [(torch.uint8, 300), (torch.int16, 70_000), (torch.int64, 3)])
+def test_a_label_that_there_is_not_is_refused(kind, label):
+    def narrow(n: int, seed: int) -> list[Any]:
+        x, y = examples(n, seed).tensors
+        return list(zip(x, y.to(kind), strict=True))
+
+    def collate(items: list[Any]) -> Any:
+        return torch.stack([x for x, _ in items]), torch.stack([y for _, y in items]).long()
+
+    ready = Served(made(collate=collate), narrow(N, 0), test_set=narrow(3, 1)).ready()
+    with TestClient(create_app(ready), base_url=URL) as client:
+        answer = client.post("/v1/explore/scores", json={"test": 0, "label": label})
+        assert (answer.status_code, "out of range" in answer.json()["error"]) == (422, True)
+        assert client.post("/v1/explore/scores", json={"test": 0, "label": 2}).status_code == 200
+
+
+@pytest.mark.parametrize("old", [torch.tensor(0, dtype=torch.uint8), np.uint8(0)])
+def test_a_label_that_does_not_fit_its_type_is_refused(old):
+    from byline.serve.page import _relabelled
+    from byline.serve.worker import Refused
+
+    assert int(_relabelled((0, old), 255)[1]) == 255
+    with pytest.raises(Refused, match="256 is out of range"):
+        _relabelled((0, old), 256)
+
+
 X = [0.1, 0.2, 0.3, 0.4, 0.5]
 BAD = [
     ("scores", {}, 422, "expected one of test, upload and example"),
@@ -287,6 +352,7 @@ BAD = [
     ("change", {"question": {"test": 0}, "removed": [N]}, 404, "there are 60 training examples"),
     ("change", {"question": {"test": 0}, "removed": [-1]}, 422, "removed"),
     ("change", {"question": {"test": 0}, "removed": ["1"]}, 422, "removed"),
+    ("change", {"question": {"test": 0}, "removed": [0] * (N + 1)}, 422, "removed has 61 places"),
     ("change", {"question": {}, "removed": []}, 422, "expected one of"),
     ("examples", {"of": "train", "places": [N]}, 404, "there are 60"),
     ("examples", {"of": "else", "places": [0]}, 422, "of"),
@@ -301,6 +367,39 @@ def test_what_is_malformed_is_refused_in_a_sentence(client, route, body, status,
     assert answer.status_code == status, answer.text
     assert says in answer.json()["error"]
     assert client.post("/v1/explore/scores", json={"test": 0}).status_code == 200
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.float32])
+def test_a_row_has_the_numbers_that_its_vector_has(kind):
+    read = Template([(torch.tensor([1, 2, 3], dtype=kind), torch.tensor(1))]).row()
+    row, label = read(b"a,b,c\n4, 5,6")
+    assert (row.dtype, row.tolist(), int(label)) == (kind, [4, 5, 6], 0)
+    if kind != torch.float32:
+        with pytest.raises(ValueError, match="something else than whole numbers"):
+            read(b"1,2,3.5")
+
+
+@pytest.mark.parametrize("rest", ["a text", True, torch.tensor(True), torch.zeros(2), {"a": 0}])
+def test_no_row_is_offered_where_the_rest_takes_no_number(rest):
+    assert Template([(torch.zeros(3), rest)]).row() is None
+    assert Template([(torch.zeros(3), 0.5)]).row() is not None
+    assert Template([(torch.zeros(3, dtype=torch.bool), 0)]).row() is None
+
+
+def test_pictures_are_read_two_at_a_time():
+    from byline.serve.page import Upload, _uploaded
+
+    running, most = [], []
+
+    def read(data: bytes) -> None:
+        running.append(data)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda _: _uploaded(Upload(base64=""), read), range(6)))
+    assert max(most) <= 2
 
 
 def test_what_is_too_large_is_refused(client):
@@ -329,6 +428,8 @@ def test_the_page_and_its_assets(client):
         assert (found.status_code, found.headers["x-content-type-options"]) == (200, "nosniff")
     for name in ("explorer.py", "nothing.js", "..%2fpage.py", "%2e%2e/page.py", "base.html.j2"):
         assert client.get(f"/assets/{name}").status_code == 404
+    # longer than a file's name may be
+    assert client.get(f"/assets/{'a' * 300}.css").status_code == 404
     # nothing from elsewhere, nothing inside that a strict policy would refuse
     text = page.text + client.get("/assets/explorer.js").text + client.get("/assets/explorer.css").text
     assert "https://" not in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from byline.cli import app
 from byline.uses import look_for_mislabels, read_images, read_table
+from byline.uses.own import picture
 
 if importlib.util.find_spec("PIL") is None and os.environ.get("BYLINE_CI") != "1":
     pytest.skip("needs Pillow", allow_module_level=True)
@@ -126,6 +128,36 @@ def test_tables_of_other_countries(table, tmp_path, separator):
     one, same = read_table(table, "answer"), read_table(other, "answer")
     assert torch.equal(one.inputs, same.inputs)
     assert torch.equal(one.labels, same.labels)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_row_is_read_as_the_table_is(table, separator):
+    data = read_table(table, "answer")
+    frame = pd.read_csv(table)
+    # row 5 has no height
+    for place in (0, 5, int(frame.colour.isna().to_numpy().argmax())):
+        for nothing in ("", "NA", "null"):
+            row = frame.iloc[[place]].to_csv(index=False, sep=separator, na_rep=nothing)
+            assert torch.allclose(data.encode(row.encode()), data.inputs[place])
+
+
+def test_a_picture_of_more_than_12_million_pixels_is_refused():
+    from PIL import Image
+
+    large = io.BytesIO()
+    Image.new("1", (4001, 3000)).save(large, "PNG")
+    with pytest.raises(ValueError, match="4001 × 3000 pixels; expected at most 12000000"):
+        picture(large.getvalue(), 8, 8)
+
+
+def test_numbers_without_end_are_refused(table, tmp_path):
+    data, frame = read_table(table, "answer"), pd.read_csv(table)
+    frame.loc[0, "height"] = 1e300
+    with pytest.raises(ValueError, match="column 'height' has a number that is too large"):
+        data.encode(frame.iloc[[0]].to_csv(index=False).encode())
+    frame.to_csv(tmp_path / "large.csv", index=False)
+    with pytest.raises(ValueError, match="column 'height' has a number that is too large"):
+        read_table(tmp_path / "large.csv", "answer")
 
 
 def test_results_stand_under_the_name_of_what_was_looked_at(photos, table, tmp_path, monkeypatch):

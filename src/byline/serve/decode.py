@@ -58,18 +58,24 @@ class Template:
         return self.root.describe()
 
     def row(self) -> Callable[[bytes], Any] | None:
-        """Reads one row of a CSV file, where items are a vector of fixed length, alone or with one whole number."""
+        """Reads one row of a CSV file, where items are a vector of numbers, alone or with a part that takes 0."""
         parts = list(self.root.parts.values()) if isinstance(self.root, _Parts) else [self.root]
         vector = parts[0]
-        if not isinstance(vector, _Tensor) or len(vector.shape) != 1 or vector.shape[0] is None:
+        if not isinstance(vector, _Tensor) or len(vector.shape) != 1 or not vector.shape[0] or vector.name == "bool":
             return None
         rest = parts[1:]
-        if rest and not (len(rest) == 1 and (not isinstance(rest[0], _Tensor) or not rest[0].shape)):
+        if len(rest) > 1:
             return None
-        length = vector.shape[0]
+        try:
+            # the label that a row does not have, which is filled in below
+            for node in rest:
+                node.read(0, "")
+        except (ValueError, TypeError):
+            return None
+        length, whole_numbers = vector.shape[0], "int" in vector.name
 
         def read(data: bytes) -> Any:
-            values = _numbers(data, length)
+            values = _numbers(data, length, whole_numbers)
             if not isinstance(self.root, _Parts):
                 return self(values)
             # the label of what is brought is what the model makes of it, or what is chosen on the page
@@ -79,7 +85,7 @@ class Template:
         return read
 
 
-def _numbers(data: bytes, length: int) -> list[float]:
+def _numbers(data: bytes, length: int, whole: bool) -> list[float] | list[int]:
     """The numbers of the last line of a CSV file of one row, with or without a header."""
     try:
         read = csv.reader(io.StringIO(data.decode("utf-8-sig")))
@@ -91,9 +97,10 @@ def _numbers(data: bytes, length: int) -> list[float]:
     if len(lines[-1]) != length:
         raise ValueError(f"the row has {len(lines[-1])} values; expected {length} numbers")
     try:
-        return [float(part) for part in lines[-1]]
+        return [int(part) for part in lines[-1]] if whole else [float(part) for part in lines[-1]]
     except ValueError:
-        raise ValueError(f"the row holds something else than numbers; expected {length} of them") from None
+        kind = "whole numbers" if whole else "numbers"
+        raise ValueError(f"the row holds something else than {kind}; expected {length} of them") from None
 
 
 class _Node:

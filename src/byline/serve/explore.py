@@ -96,6 +96,9 @@ class Explorer:
     def unit(self) -> float | None:
         """What a sum of scores is multiplied by to be a change of the output; None where scores know no scale."""
         attributor = self.attributor
+        if attributor.residual == "sqrt":
+            # the root of how far an example still pushes is no step that leaving it out would undo
+            return None
         if isinstance(attributor, Influence):
             return None if getattr(attributor, "normalization", None) else 1 / attributor.n_train_
         return 1.0 if isinstance(attributor, TRAK) else None

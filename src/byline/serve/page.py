@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import binascii
+import threading
 from collections.abc import Callable
 from pathlib import Path as Folder
 from typing import Annotated, Any
@@ -26,6 +27,8 @@ from byline.serve.worker import Refused, Worker
 ASSETS = Folder(__file__).parent / "assets"
 STYLE = Folder(report.__file__).parent / "assets" / "report.css"
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+# looked up by name alone, so that no name from outside ever becomes a path
+_ASSETS = {path.name: path for path in (*ASSETS.iterdir(), STYLE) if path.suffix in KINDS}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -35,6 +38,8 @@ HEADERS = {
     # the page of another version must not be shown to this one
     "Cache-Control": "no-cache",
 }
+# a picture takes a hundred times its file once it is decoded: no more at once than there is room for
+_READING = threading.BoundedSemaphore(2)
 _LISTED = 200  # examples that are described at once
 _NAMED = 5000  # examples that are named at once
 _CLASSES = 1000  # at most so many outputs to choose from
@@ -106,7 +111,8 @@ def explorer_routes(
     if upload is None and served.decode is None and isinstance(template, Template):
         upload, takes = template.row(), "row"
     classified = attributor.task.name == "classification" and _labelled(attributor._train_set[0])
-    classes = min(_CLASSES, explorer.classes()) if classified else 0
+    outputs = explorer.classes() if classified else 0
+    classes = min(_CLASSES, outputs)
     refusals: dict[int | str, Any] = {429: {"model": Problem}, 503: {"model": Problem}}
     routes = APIRouter(include_in_schema=True)
     # the first of everything takes longest: nobody should have to wait for it
@@ -131,7 +137,14 @@ def explorer_routes(
                 raise Unfit(422, str(error)[:500]) from None
         if question.label is not None and not classified:
             raise Unfit(422, "label is given, and the outputs of this model are not those of classes")
-        return item if question.label is None else _relabelled(item, question.label)
+        if question.label is None:
+            return item
+        if question.label >= outputs:
+            raise Unfit(422, f"label is {question.label}, which is out of range; expected one below {outputs}")
+        try:
+            return _relabelled(item, question.label)
+        except Refused as error:
+            raise Unfit(422, str(error)) from None
 
     async def asked(question: Question, request: Request) -> tuple[Any, Said]:
         """The item, and what is said of it."""
@@ -233,6 +246,8 @@ def explorer_routes(
     @routes.post("/v1/explore/change", responses=refusals)
     async def change(removal: Removal, request: Request) -> Response:
         """The predicted change of the output when some training examples are taken out, to first order."""
+        if len(removal.removed) > train.n:
+            return problem(422, f"removed has {len(removal.removed)} places; there are {train.n} training examples")
         places = np.unique(np.array(removal.removed, np.int64))
         if len(places) and places[-1] >= train.n:
             return problem(404, f"there are {train.n} training examples")
@@ -257,8 +272,8 @@ def explorer_routes(
 
 def _asset(name: str) -> Response:
     # the page looks as reports do
-    path = STYLE if name == STYLE.name else ASSETS / name
-    if path.parent not in (ASSETS, STYLE.parent) or path.suffix not in KINDS or not path.is_file():
+    path = _ASSETS.get(name)
+    if path is None:
         return problem(404, "Not Found")
     return Response(path.read_bytes(), media_type=KINDS[path.suffix], headers=HEADERS)
 
@@ -271,7 +286,8 @@ def _uploaded(given: Upload, read: Callable[[bytes], Any] | None) -> Any:
     except (binascii.Error, UnicodeEncodeError, ValueError):
         raise Unfit(422, "upload.base64 is no base64") from None
     try:
-        return read(data)
+        with _READING:
+            return read(data)
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, OSError) as error:
         sentence = str(error).splitlines()[0][:500] if str(error) else "it cannot be read"
         raise Unfit(422, sentence) from None
@@ -291,8 +307,18 @@ def _relabelled(item: Any, label: int) -> Any:
     if not _labelled(item):
         raise Refused("the example has no label that could be another one")
     old = item[1]
+    most = _most(old)
+    if label > most:
+        raise Refused(f"the label {label} is out of range; the example's own are at most {most}")
     made = torch.full_like(old, label) if isinstance(old, torch.Tensor) else type(old)(label)
     return type(item)([item[0], made])
+
+
+def _most(label: Any) -> int:
+    """The largest number that a label of this type can be."""
+    if isinstance(label, torch.Tensor):
+        return torch.iinfo(label.dtype).max
+    return int(np.iinfo(type(label)).max) if isinstance(label, np.integer) else 2**63 - 1
 
 
 def _words(name: str) -> str:

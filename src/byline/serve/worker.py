@@ -6,6 +6,8 @@ examples then serves several requests. What the explorer asks waits in the same 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import threading
 from collections import deque
@@ -81,7 +83,7 @@ class Worker:
         batches: how many examples each batch scored so far had, newest last, at most 1000.
         ledger: what scoring cost so far, as serving, and the bytes of the store, as fitting.
         scored: examples that were scored.
-        identity: of the training set that is served, a digest.
+        identity: of what is served, a digest: training set, task, members, method and its choices.
     """
 
     def __init__(self, attributor: Attributor, limits: Limits):
@@ -90,7 +92,7 @@ class Worker:
         self.batches: deque[int] = deque(maxlen=1000)
         self.ledger, self.scored = Ledger(), 0
         self.ledger.add_bytes("fitting", attributor.store.nbytes())
-        self.identity = str(attributor.store.manifest.made_for.get("dataset", {}).get("sha256", ""))
+        self.identity = _identity(attributor)
         self._queue: deque[Ask | Call] = deque()
         self._spare: deque[Callable[[], Any]] = deque()
         self._change = threading.Condition()
@@ -251,6 +253,36 @@ class Worker:
             return Refused("examples are of different sizes, which do not go into one batch; send them one by one")
         _log.error("scoring failed", exc_info=error)
         return error
+
+
+# of an attributor: how it works, not what it finds
+_ASIDE = {"batch_size", "progress", "device"}
+
+
+def _identity(attributor: Attributor) -> str:
+    """A digest of all that scores depend on: a page must not set those of one model beside those of another."""
+    parts = {
+        # of the training set, the task and the features
+        "made_for": attributor.store.manifest.made_for,
+        "members": [
+            [voter.weight, [(m.identity("gradient"), m.identity("residual")) for m in voter.members or (voter.member,)]]
+            for voter in attributor._voters
+        ],
+        "method": _choices(attributor),
+        "solver": _choices(getattr(attributor, "solver", None)),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _choices(made: Any) -> dict[str, Any]:
+    """The plain values that an object was made with; no repr, which may hold an address and differ at every start."""
+    found = vars(made) if hasattr(made, "__dict__") else {}
+    plain = {
+        name: value
+        for name, value in found.items()
+        if not name.startswith("_") and name not in _ASIDE and isinstance(value, str | int | float | bool | None)
+    }
+    return {"": type(made).__name__, **plain}
 
 
 def _first(ranked: Ranked, k: int) -> Ranked:

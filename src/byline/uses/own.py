@@ -32,7 +32,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".
 CHECKPOINTS = 5
 _LEAST = 2  # examples of a class
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-_PIXELS = 50_000_000
+_PIXELS = 12_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,7 @@ def picture(data: bytes, height: int, width: int, mode: str = "RGB") -> np.ndarr
         mode: "RGB", or "L" for grey.
 
     Raises:
-        ValueError: No picture, another format, or one of more than 50 million pixels.
+        ValueError: No picture, another format, or one of more than 12 million pixels.
         ModuleNotFoundError: Pillow is not installed.
     """
     installed("PIL", "images", "reading pictures")
@@ -192,13 +192,21 @@ class _Column:
     values: tuple[str, ...] | None = None
 
     def encode(self, column: Any) -> np.ndarray:
-        """(n, ...) float64 of a column of n values."""
+        """(n, ...) float64 of a column of n values.
+
+        Raises:
+            ValueError: A number so large that none of 32 bits stands for it.
+        """
         if self.values is not None:
             text = column.astype(object).where(column.notna(), "missing").astype(str).to_numpy()
             return (text[:, None] == np.array(self.values, dtype=object)).astype(np.float64)
         numbers = np.array(column.to_numpy(np.float64, na_value=np.nan))
         numbers[~np.isfinite(numbers)] = np.nan
-        return ((np.where(np.isnan(numbers), self.median, numbers) - self.mean) / self.std)[:, None]
+        with np.errstate(over="ignore", invalid="ignore"):
+            made = (np.where(np.isnan(numbers), self.median, numbers) - self.mean) / self.std
+            if not np.isfinite(made.astype(np.float32)).all() or not np.isfinite(self.std):
+                raise ValueError(f"column {self.name!r} has a number that is too large to be learnt from")
+        return made[:, None]
 
     def one(self, given: str) -> np.ndarray:
         """(1, ...) of one value as text; nothing is a missing one.
@@ -210,9 +218,10 @@ class _Column:
 
         if self.values is None:
             try:
-                return self.encode(pd.Series([float(given) if given.strip() else np.nan]))
+                number = float(given) if given.strip() else np.nan
             except ValueError:
                 raise ValueError(f"column {self.name!r} has {given[:50]!r}; expected a number") from None
+            return self.encode(pd.Series([number]))
         value = given if given.strip() else "missing"
         if given.strip() and value not in self.values:
             there = f"which no row of the table has; there are {', '.join(self.values[:10])}"
@@ -235,19 +244,35 @@ def _column_of(column: Any, name: str) -> _Column | None:
         return None
     median = float(np.nanmedian(numbers))
     filled = np.where(np.isnan(numbers), median, numbers)
-    return _Column(name, median, float(filled.mean()), float(filled.std()) or 1.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _Column(name, median, float(filled.mean()), float(filled.std()) or 1.0)
+
+
+def _frame(source: Callable[[], Any], where: str, **options: Any) -> Any:
+    """What `pandas.read_csv` makes of a file, by the separator that it has; a fresh handle for each trial.
+
+    Raises:
+        ValueError: It is no CSV file.
+    """
+    import pandas as pd
+
+    try:
+        frame = pd.read_csv(source(), **options)
+        for separator in (";", "\t"):
+            # spreadsheets of many countries write no commas: what was read is one column with a long name
+            if len(frame.columns) == 1 and separator in str(frame.columns[0]):
+                frame = pd.read_csv(source(), sep=separator, **options)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where} is no CSV file that can be read: {error}") from None
+    return frame
 
 
 def _row_encoder(columns: list[_Column], others: list[str]) -> Callable[[bytes], Tensor]:
     """Reads a CSV file of one row with the table's header; columns that are not learnt from may be left out."""
 
     def encode(data: bytes) -> Tensor:
-        import pandas as pd
-
-        try:
-            frame = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False)
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-            raise ValueError(f"the file is no CSV that can be read: {error}") from None
+        # what pandas takes for missing in the table ("NA", "null", …) is missing here too
+        frame = _frame(lambda: io.BytesIO(data), "the file", dtype=str).fillna("")
         if len(frame) != 1:
             raise ValueError(f"the file has {len(frame)} rows below its header; expected one")
         missing = [column.name for column in columns if column.name not in frame.columns]
@@ -275,19 +300,10 @@ def read_table(path: str | Path, label: str) -> OwnData:
         FileNotFoundError: No such file.
         ValueError: No such column, missing labels, fewer than two classes, or no columns to learn from.
     """
-    import pandas as pd
-
     source = Path(path)
     if not source.is_file():
         raise FileNotFoundError(f"no file at {source}")
-    try:
-        frame = pd.read_csv(source)
-        for separator in (";", "\t"):
-            # spreadsheets of many countries write no commas: what was read is one column with a long name
-            if len(frame.columns) == 1 and separator in str(frame.columns[0]):
-                frame = pd.read_csv(source, sep=separator)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} is no CSV file that can be read: {error}") from None
+    frame = _frame(lambda: source, str(source))
     if label not in frame.columns:
         raise ValueError(f"{source} has no column {label!r}; there are {', '.join(map(str, frame.columns))}")
     missing = frame[label].isna()
