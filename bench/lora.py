@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[int, list[dict[str, Any]]] = {}
     done = set()
     for asked, columns, row in rows_of(wide, tuple(narrow), targets):
-        if (columns, str(row)) in done:
+        if (columns, str(row)) in done or (options.only and asked not in options.only):
             continue
         done.add((columns, str(row)))
         print(f"{asked}: {row.name} {row.detail}, {columns} columns", file=sys.stderr, flush=True)
@@ -131,6 +131,9 @@ def main() -> None:
         nargs="+",
         default=[2048, 512, 128],
         help="the widest first (2048 512 128)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", help="parts of the study: naive, rank, epochs, adapters, targets, columns, others"
     )
     parser.add_argument("--quick", action="store_true", help="a small model of few tunes: to see that it runs")
     parser.add_argument("--progress", action="store_true", help="show bars")

@@ -23,7 +23,7 @@ from byline.uses import shares
 
 NAME = "smollm2-lora"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-TRAIN, ADAPTERS, EPOCHS, RANK, TARGETS = 120, 3, 2, 4, ("q_proj", "v_proj")
+TRAIN, ADAPTERS, EPOCHS, RANK, TARGETS = 96, 2, 2, 4, ("q_proj", "v_proj")
 WORDS = range(5, 26)
 """Words that an answer may have: a first sentence, and not a table."""
 MODULES = (
@@ -165,7 +165,7 @@ def answer(
     )
     with AdapterChange(ensemble.adapters[0][0], "adapter 0").apply(model) as writer:
         samples = byline.hf.generated(
-            writer, tokenizer, [prompt(one.text) for one in held], seed, max_new_tokens=32, do_sample=False
+            writer, tokenizer, [prompt(one.text) for one in held], seed, max_new_tokens=24, do_sample=False
         )
     tell(f"{count} questions answered; {train} training examples asked")
     attributor: Attributor = byline.Influence(task, ensemble, solver="datainf", batch_size=8, progress=progress)
