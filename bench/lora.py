@@ -23,15 +23,12 @@ import byline
 from byline import settings
 from byline.evaluate.savings import add_savings
 from byline.features import Factorized
-from byline.ledger import human_bytes, human_flops
 from byline.methods import TRAK
-from byline.report.words import percent
 from byline.settings.bench import measured_row
 from byline.settings.rows import ADAPTERS, Row
 from byline.settings.workshop import Workshop
 from common import environment, save, table
-
-PARTS = ("training", "serving", "space")
+from tables import costs
 
 
 def lora(models: int = 1, each: int = 4, **options: Any) -> Row:
@@ -103,17 +100,12 @@ def show(rows: list[dict[str, Any]]) -> str:
     header = ["columns", "ensemble", "adapters", "LDS", "interval", "training", "serving a query", "space"]
     lines = []
     for row in rows:
-        cells = []
-        for part in PARTS:
-            cost = human_bytes(row["space"]) if part == "space" else human_flops(row[part]["flops"])
-            saved = row["saved"] or {}
-            cells.append(cost + (f", {percent(saved[part], saved['bound'])}" if saved.get(part) is not None else ""))
         low, high = row["interval"]
         name = row["name"] if row["kind"] in ("independent", "lora") else f"{row['name']} {row['detail']}".strip()
         detail = row["detail"].replace(", lr 0.001", "") if row["kind"] == "lora" else ""
         if "targets" in detail:
             detail = "attention alone" if "qkv" in detail else "all but attention"
-        lines.append([str(row["columns"]), name, detail, f"{row['lds']:.3f}", f"{low:.2f} to {high:.2f}", *cells])
+        lines.append([str(row["columns"]), name, detail, f"{row['lds']:.3f}", f"{low:.2f} to {high:.2f}", *costs(row)])
     return table(header, lines)
 
 

@@ -23,18 +23,23 @@ from byline.report.words import as_good_as, percent
 TARGETS = {"training": 0.8, "serving": 0.6, "space": 0.8}
 
 
+def costs(row: dict[str, Any]) -> list[str]:
+    """Training, serving and space of a row, and how much less that is than of a naive ensemble of equal LDS."""
+    saved, cells = row["saved"] or {}, []
+    for part in TARGETS:
+        cost = human_bytes(row["space"]) if part == "space" else human_flops(row[part]["flops"])
+        words = percent(saved[part], saved["bound"]) if saved.get(part) is not None else ""
+        cells.append(f"{cost}, {words}" if words else cost)
+    return cells
+
+
 def table(result: dict[str, Any]) -> str:
     lines = [
         "| ensemble | LDS | interval | same, 2-seed truth | as good as | training | serving a query | space |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
-        saved = row["saved"] or {}
-        cells = []
-        for part in TARGETS:
-            cost = human_bytes(row["space"]) if part == "space" else human_flops(row[part]["flops"])
-            words = percent(saved[part], saved["bound"]) if saved.get(part) is not None else ""
-            cells.append(f"{cost}, {words}" if words else cost)
+        cells = costs(row)
         low, high = row["interval"]
         name = row["name"] + (f", {row['detail']}" if row["detail"] and row["kind"] != "lora" else "")
         equal = as_good_as(row)

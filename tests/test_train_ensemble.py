@@ -261,6 +261,23 @@ def test_a_folder_made_by_another_function_is_refused(data, task, tmp_path):
         byline.train_ensemble(task, data, recipe, build=mlp, folder=tmp_path / "a")
 
 
+def test_a_data_sets_own_collate_fn_is_used(data, task):
+    class Doubled(torch.utils.data.Dataset):
+        def __len__(self):
+            return 60
+
+        def __getitem__(self, i):
+            return {"x": data[i][0], "y": data[i][1]}
+
+        def collate_fn(self, items):
+            return torch.stack([2 * item["x"] for item in items]), torch.stack([item["y"] for item in items])
+
+    recipe = Recipe(lr=0.1, batch_size=20, epochs=1)
+    found = byline.train_ensemble(task, Doubled(), recipe, build=plain)
+    want = byline.train_ensemble(task, TensorDataset(2 * data.tensors[0], data.tensors[1]), recipe, build=plain)
+    assert_same(found.members()[0].weights.load(), want.members()[0].weights.load(), 0)
+
+
 def test_an_attention_is_what_it_was_when_it_was_made():
     torch.manual_seed(0)
     made = fresh(nn.TransformerEncoderLayer(8, 2, 16))()

@@ -175,11 +175,11 @@ def generate(
 ) -> None:
     """Let a model make up tunes, code or answers, and show which training examples taught it, bar by bar."""
     from byline import settings
-    from byline.report.works import to_dict, works_page
+    from byline.report.works import works_page
     from byline.settings import smollm
     from byline.settings.bench import form
     from byline.settings.works import make_up
-    from byline.settings.workshop import Workshop
+    from byline.settings.workshop import Workshop, save_json
 
     console = Console(stderr=True)
     known = (*(name for name in settings.names() if settings.get(name).owners is not None), smollm.NAME)
@@ -202,16 +202,13 @@ def generate(
         command = ["byline", "generate", setting, "--count", str(count), "-k", str(k), "--seed", str(seed)]
         command += [*(["--quick"] if quick else []), "--out", str(folder)]
         page = works_page(works, folder / "works.html", title=setting, command=shlex.join(command))
-        text = json.dumps(to_dict(works), ensure_ascii=False, indent=1)
-        (folder / "works.json").write_text(text, encoding="utf-8")
+        save_json(folder / "works.json", works.to_dict())
     if as_json:
-        typer.echo(text)
+        typer.echo(json.dumps(works.to_dict(), ensure_ascii=False))
         return
     for work in works.works:
         lead = work.sources[0]
-        Console().print(
-            f"no. {work.seed}: {escape(str(lead.about.get('title') or lead.index))}  {lead.score:+.3g}", highlight=False
-        )
+        Console().print(f"no. {work.seed}: {escape(lead.title)}  {lead.score:+.3g}", highlight=False)
     console.print(f"\nTo look at: {page}", highlight=False)
 
 

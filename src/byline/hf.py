@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from byline import sequences
 from byline.ensembles import Trajectory
@@ -24,7 +23,7 @@ try:
 except ImportError as error:
     raise ImportError("byline.hf needs transformers; install byline[hf]") from error
 
-_IGNORED = -100
+_IGNORED = sequences.IGNORED
 
 
 def task(
@@ -108,16 +107,7 @@ class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def collate_fn(self, items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Items as a batch, filled up on the right to the longest: ``input_ids``, ``attention_mask``, ``labels``."""
-        ids = [item["input_ids"] for item in items]
-
-        def filled(rows: list[Tensor], value: int) -> Tensor:
-            return pad_sequence(rows, batch_first=True, padding_value=value)
-
-        return {
-            "input_ids": filled(ids, self.pad),
-            "attention_mask": filled([torch.ones_like(row) for row in ids], 0),
-            "labels": filled([item["labels"] for item in items], _IGNORED),
-        }
+        return sequences.padded(items, self.pad)
 
 
 def dataset(

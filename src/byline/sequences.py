@@ -7,12 +7,37 @@ a ``position_ids`` argument), so that it costs other models nothing.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+IGNORED = -100
+"""The label of a token that is no target."""
+
+
+def padded(items: Sequence[Mapping[str, Tensor]], pad: int = 0) -> dict[str, Tensor]:
+    """Items of ``input_ids``, and ``labels`` where they have some, as a batch that is filled up on the right.
+
+    Args:
+        items: each (T,), T its own.
+        pad: the token that fills up; the mask leaves it out.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, (B, T) each.
+    """
+
+    def filled(rows: list[Tensor], value: int) -> Tensor:
+        return pad_sequence(rows, batch_first=True, padding_value=value)
+
+    ids = [item["input_ids"] for item in items]
+    batch = {"input_ids": filled(ids, pad), "attention_mask": filled([torch.ones_like(row) for row in ids], 0)}
+    if "labels" in items[0]:
+        batch["labels"] = filled([item["labels"] for item in items], IGNORED)
+    return batch
 
 
 def context(model: nn.Module) -> int | None:

@@ -127,8 +127,8 @@ def tokens(
             "collate makes batches without labels, so that no token can be explained alone; expected it to keep "
             "the labels of items that have some"
         )
-    whole = attributor.attribute(data).values
     if train is None:
+        whole = attributor.attribute(data).values
         order = np.argsort(-whole.mean(0), kind="stable")[: check_k(min(k, attributor.n_train_), attributor.n_train_)]
     else:
         order = np.asarray(train, dtype=np.int64).reshape(-1)

@@ -480,9 +480,7 @@ class Attributor(ABC):
         self._common = None
         if self.residual == "sqrt":
             for voter in self._voters:
-                voter.made, voter.residual_variance = _averaged(
-                    voter.members, residuals.root(self._residuals_of(voter))
-                )
+                voter.made, voter.residual_variance = averaged(voter.members, residuals.root(self._residuals_of(voter)))
         if self.residual not in ("in-sample", "out-of-sample"):
             return
         unseen = torch.stack([voter.member.unseen(self.n_train_) for voter in self._voters])
@@ -591,7 +589,7 @@ class Attributor(ABC):
         voters = []
         for members in groups.values():
             voter = Voter(members[0], sum(m.weight for m in members), torch.empty(0), None, tuple(members))
-            voter.residual, voter.residual_variance = _averaged(members, self._residuals_of(voter))
+            voter.residual, voter.residual_variance = averaged(members, self._residuals_of(voter))
             voters.append(voter)
         return voters
 
@@ -665,7 +663,7 @@ class Attributor(ABC):
             raise RuntimeError(f"this {type(self).__name__} is not fitted; call fit(train_set) first")
 
 
-def _averaged(members: Sequence[Member], values: Tensor) -> tuple[Tensor, Tensor | None]:
+def averaged(members: Sequence[Member], values: Tensor) -> tuple[Tensor, Tensor | None]:
     """The weighted mean of (members, n) values, and the squared standard error of it; None for one member."""
     weights = torch.tensor([m.weight for m in members])
     total = float(weights.sum())

@@ -24,7 +24,7 @@ from byline import batches
 from byline.ensembles.base import Ensemble
 from byline.features.base import Rows
 from byline.methods import residuals, scan
-from byline.methods.base import Prepare, Scorer, Voter, _averaged
+from byline.methods.base import Prepare, Scorer, Voter, averaged
 from byline.methods.mean import RunningMean
 from byline.methods.ridge import Ridge
 from byline.methods.streaming import Query
@@ -95,7 +95,7 @@ class TRAK(Ridge):
             moved = residuals.leave_one_out(each, self._self(voter), weights, self.task.name)
             # what a member was not trained on is left out already
             unseen = voter.member.unseen(self.n_train_)
-            voter.made, voter.residual_variance = _averaged(voter.members, torch.where(unseen, each, moved))
+            voter.made, voter.residual_variance = averaged(voter.members, torch.where(unseen, each, moved))
         return super()._q(voter)
 
     def _query(self, voter: Voter) -> Prepare:

@@ -65,16 +65,16 @@ def _work(number: int, work: Work, works: Works) -> dict[str, Any]:
         "number": number + 1,
         "seed": work.seed,
         "shown": shown(work.tokens, lead.taught, f"the work made up with seed {work.seed}"),
-        "lead": _title(lead),
+        "lead": lead.title,
         "sources": [
             {
-                "title": _title(source),
+                "title": source.title,
                 "where": _where(source),
                 "index": source.index,
                 "score": f"{source.score:+.3g}",
                 "stderr": f" ± {source.stderr:.2g}" if np.isfinite(source.stderr) else "",
                 "unsure": bool(np.isfinite(source.stderr) and abs(source.score) < 2 * source.stderr),
-                "shown": shown(source.tokens, source.parts, _title(source)),
+                "shown": shown(source.tokens, source.parts, source.title),
             }
             for source in work.sources
         ],
@@ -82,10 +82,6 @@ def _work(number: int, work: Work, works: Works) -> dict[str, Any]:
             f"{row.owner} {row.share * 100:.0f} %" for row in frame.head(3).itertuples() if float(row.share) > 0.005
         ],
     }
-
-
-def _title(source: Source) -> str:
-    return str(source.about.get("title") or f"no. {source.index}")
 
 
 def _where(source: Source) -> str:
@@ -137,31 +133,3 @@ def _text(tokens: list[str], parts: np.ndarray, name: str) -> dict[str, Any]:
             }
         )
     return {"spans": spans, "alt": name}
-
-
-def to_dict(works: Works) -> dict[str, Any]:
-    """Plain data of the same: works, their sources with score, error and the parts of tokens, and owners' shares."""
-
-    def source(one: Source) -> dict[str, Any]:
-        return {
-            "index": one.index,
-            "about": one.about,
-            "score": one.score,
-            "stderr": one.stderr if np.isfinite(one.stderr) else None,
-            "tokens": one.tokens,
-            "parts": [round(float(part), 8) for part in one.parts],
-            "taught": [round(float(part), 8) for part in one.taught],
-        }
-
-    return {
-        "kind": works.kind,
-        "works": [
-            {"seed": work.seed, "tokens": work.tokens, "sources": [source(one) for one in work.sources]}
-            for work in works.works
-        ],
-        "owned_by": works.owned_by,
-        "owners": [
-            {"owner": str(row.owner), "share": float(row.share)} for row in works.owners.to_dataframe().itertuples()
-        ],
-        "info": {name: value for name, value in works.info.items() if isinstance(value, str | int | float)},
-    }

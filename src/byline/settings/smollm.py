@@ -14,12 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from byline.methods.base import Attributor
 from byline.settings.stdlib import library
-from byline.settings.works import Work, Works, sources_of
-from byline.uses import shares
+from byline.settings.works import Works, attributed
 
 NAME = "smollm2-lora"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -170,17 +167,9 @@ def answer(
     tell(f"{count} questions answered; {train} training examples asked")
     attributor: Attributor = byline.Influence(task, ensemble, solver="datainf", batch_size=8, progress=progress)
     attributor.fit(data)
-    votes = attributor.votes(samples)
-    scores = attributor.attribute(samples)
-    abouts = [one.about for one in learnt]
 
     def words(ids: Sequence[int]) -> list[str]:
         return [str(tokenizer.decode([i])) for i in ids]
 
-    made = []
-    for n in range(count):
-        sources = sources_of(attributor, samples[n], scores, n, k, abouts, words)
-        made.append(Work(words(samples[n]["input_ids"].tolist()), seed, sources))
-        tell(f"{held[n].about['title']}: {sources[0].about['title']} leads")
-    owned = shares(votes, np.array([about["module"] for about in abouts]))
-    return Works("text", made, owned, "module", scores.info)
+    works, abouts = [samples[n] for n in range(count)], [one.about for one in learnt]
+    return attributed(attributor, works, "text", "module", abouts, words, [seed] * count, k, tell)

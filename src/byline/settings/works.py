@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 import byline
 from byline.features import Factorized
 from byline.methods.base import Attributor
 from byline.scores import Scores
+from byline.sequences import padded
 from byline.settings import stdlib, tunes
 from byline.settings.base import Setting
 from byline.settings.corpus import IGNORED
@@ -52,6 +52,11 @@ class Source:
     parts: np.ndarray
     taught: np.ndarray
 
+    @property
+    def title(self) -> str:
+        """What it is called."""
+        return str(self.about.get("title") or f"no. {self.index}")
+
 
 @dataclass(frozen=True, eq=False)
 class Work:
@@ -79,6 +84,32 @@ class Works:
     owners: Shares
     owned_by: str
     info: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: works, their sources with score, error and the parts of tokens, and owners' shares."""
+
+        def source(one: Source) -> dict[str, Any]:
+            return {
+                "index": one.index,
+                "about": one.about,
+                "score": one.score,
+                "stderr": one.stderr if np.isfinite(one.stderr) else None,
+                "tokens": one.tokens,
+                "parts": [round(float(part), 8) for part in one.parts],
+                "taught": [round(float(part), 8) for part in one.taught],
+            }
+
+        owners = self.owners.to_dataframe().itertuples()
+        return {
+            "kind": self.kind,
+            "works": [
+                {"seed": work.seed, "tokens": work.tokens, "sources": [source(one) for one in work.sources]}
+                for work in self.works
+            ],
+            "owned_by": self.owned_by,
+            "owners": [{"owner": str(row.owner), "share": float(row.share)} for row in owners],
+            "info": {name: value for name, value in self.info.items() if isinstance(value, str | int | float)},
+        }
 
 
 def make_up(shop: Workshop, count: int = 4, *, k: int = 3, seed: int = 0) -> Works:
@@ -108,17 +139,43 @@ def make_up(shop: Workshop, count: int = 4, *, k: int = 3, seed: int = 0) -> Wor
     attributor = _attributor(setting, shop.runs(1, CHECKPOINTS)[0].weights, shop.progress)
     shop.tell(f"{count} works made up; {attributor.n_train_} training sequences asked")
     works = [{"input_ids": torch.tensor(ids)} for ids in made]
-    votes = attributor.votes(works)
-    scores = attributor.attribute(works)
-    abouts = [dict(about) for about in setting.owners()[0]]
-    found = []
-    for n, ids in enumerate(made):
-        sources = sources_of(attributor, works[n], scores, n, k, abouts, words)
-        found.append(Work(words(ids), seed + n, sources))
-        shop.tell(f"{n + 1} of {count}: {sources[0].about.get('title') or sources[0].index} leads")
-    owned_by = _OWNER[setting.name]
-    owned = shares(votes, [str(about[owned_by]) for about in abouts])
+    owner = _OWNER[setting.name]
     kind = "tune" if setting.name == "tunes-transformer" else "code"
+    seeds = [seed + n for n in range(count)]
+    return attributed(attributor, works, kind, owner, setting.owners()[0], words, seeds, k, shop.tell)
+
+
+def attributed(
+    attributor: Attributor,
+    works: Sequence[Mapping[str, Any]],
+    kind: str,
+    owned_by: str,
+    abouts: Sequence[Mapping[str, Any]],
+    words: Callable[[Sequence[int]], list[str]],
+    seeds: Sequence[int],
+    k: int,
+    tell: Callable[[str], None],
+) -> Works:
+    """Works with the sources of each, and the shares of owners in them.
+
+    Args:
+        attributor: fitted.
+        works: test examples, as `byline.tokens` takes them.
+        kind: as of `Works`.
+        owned_by: the entry of ``abouts`` that names an owner.
+        abouts: what is known of each training sequence.
+        words: ids to the text of each token.
+        seeds: of the draws, one per work.
+        k: sources of each.
+        tell: gets a sentence about each work.
+    """
+    votes, scores = attributor.votes(works), attributor.attribute(works)
+    found = []
+    for n, (work, seed) in enumerate(zip(works, seeds, strict=True)):
+        sources = sources_of(attributor, work, scores, n, k, abouts, words)
+        found.append(Work(words(work["input_ids"].tolist()), seed, sources))
+        tell(f"{n + 1} of {len(works)}: {sources[0].title} leads")
+    owned = shares(votes, [str(about[owned_by]) for about in abouts])
     return Works(kind, found, owned, owned_by, scores.info)
 
 
@@ -227,11 +284,4 @@ class _Sequences(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def collate_fn(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Padded on the right, with a mask, and with the labels where items have some."""
-        ids = [item["input_ids"] for item in items]
-        rows = pad_sequence(ids, batch_first=True)
-        mask = (torch.arange(rows.shape[1]) < torch.tensor([len(one) for one in ids])[:, None]).long()
-        batch = {"input_ids": rows, "attention_mask": mask}
-        if "labels" in items[0]:
-            labels = [item["labels"] for item in items]
-            batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
-        return batch
+        return padded(items)

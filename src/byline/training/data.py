@@ -23,7 +23,7 @@ def fetch(dataset: Any, name: str, collate: Callable[[list[Any]], Batch] | None 
     Args:
         dataset: Map-style dataset.
         name: What to call it in an error.
-        collate: Makes a batch of a list of items; torch's ``default_collate`` when left out.
+        collate: Makes a batch of a list of items; the dataset's own ``collate_fn`` or torch's when left out.
 
     Raises:
         TypeError: If it has no length or no fixed order.
@@ -31,6 +31,8 @@ def fetch(dataset: Any, name: str, collate: Callable[[list[Any]], Batch] | None 
     """
     dataset = batches.as_dataset(dataset, name)
     size = len(dataset)
+    if collate is None and (own := batches.collate_of(dataset)) is not default_collate:
+        collate = own
     if type(dataset) is Subset and type(dataset.dataset) is TensorDataset:
         index = torch.as_tensor(np.asarray(dataset.indices, dtype=np.int64))
         dataset = TensorDataset(*(tensor[index] for tensor in dataset.dataset.tensors))

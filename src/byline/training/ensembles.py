@@ -20,6 +20,7 @@ from byline.engines.base import Engine
 from byline.ensembles import CrossFit, Ensemble, Independent, Trajectory, folds
 from byline.ensembles.base import StateDict, check_count, check_seed
 from byline.ledger import Cost, Ledger
+from byline.store.files import Local
 from byline.task import Task, source_of
 from byline.training.batched import Build, Run, train_many
 from byline.training.data import derive
@@ -128,7 +129,7 @@ def train_ensemble(
         "patience": patience,
         "group": group,
         "batched": batched,
-        "collate": getattr(train_set, "collate_fn", None) if collate is None else collate,
+        "collate": collate,
         "device": device,
         "progress": progress,
         "engine": engine,
@@ -374,9 +375,7 @@ def _digest_in(record: Path) -> str:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(partial, path)
+    Local(path.parent).write(path.name, json.dumps(content).encode())
 
 
 __all__ = ["fresh", "spaced", "train_ensemble"]
