@@ -24,6 +24,8 @@ from common import clock, environment, save, seconds, table
 FORMAT = 1
 TARGET = 0.2
 INPUTS, CLASSES, QUERIES = 64, 10, 64
+CALLS = 5
+"""Of a batch of queries, the least of which counts: one alone is mostly what its first touch of memory costs."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ CALIBRATION = [
     Size(4096, 128, 512, 2),
     Size(2048, 128, 2048, 1),
     Size(4096, 384, 1024, 1),
+    Size(8192, 256, 1024, 1),
+    Size(8192, 384, 2048, 1),
 ]
 """What the rates are fitted to: small training sets; columns up to the largest, whose products run at other rates."""
 SIZES = [Size(16384, 256, 512, 5), Size(16384, 384, 1024, 1), Size(32768, 256, 1024, 2), Size(32768, 512, 2048, 1)]
@@ -102,12 +106,15 @@ def run(size: Size, scratch: Path, repeats: int) -> dict[str, Any]:
             made.fit(train)
         with clock() as solve:
             made._warm()
-        with clock() as query:
-            made.top(tests, k=10)
+        queries = []
+        for _ in range(CALLS):
+            with clock() as query:
+                made.top(tests, k=10)
+            queries.append(query.cpu)
         held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         shutil.rmtree(folder)
-        flops = {"fit": ledger.fitting.flops, "query": ledger.serving.flops}
-        found.append({"fit": fit.cpu, "solve": solve.cpu, "query": query.cpu, "bytes": held, **_named(flops)})
+        flops = {"fit": ledger.fitting.flops, "query": ledger.serving.flops / CALLS}
+        found.append({"fit": fit.cpu, "solve": solve.cpu, "query": min(queries), "bytes": held, **_named(flops)})
     least = {part: min(one[part] for one in found) for part in ("fit", "solve", "query")}
     return {"seconds": least, "bytes": found[-1]["bytes"], "flops": found[-1]["fit FLOPs"] + found[-1]["query FLOPs"]}
 
@@ -194,10 +201,11 @@ def again(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def errors(one: dict[str, Any]) -> dict[str, float]:
-    """Prediction over measurement, less 1."""
+    """Prediction over measurement, less 1: of each part's time too."""
     a, b = one["predicted"], one["measured"]
+    parts = {part: a["seconds"][part] / b["seconds"][part] - 1 for part in a["seconds"]}
     total = sum(a["seconds"].values()) / sum(b["seconds"].values()) - 1
-    return {"bytes": a["bytes"] / b["bytes"] - 1, "flops": a["flops"] / b["flops"] - 1, "time": total}
+    return {"bytes": a["bytes"] / b["bytes"] - 1, "flops": a["flops"] / b["flops"] - 1, "time": total, **parts}
 
 
 def show(sizes: list[dict[str, Any]]) -> str:
@@ -211,10 +219,10 @@ def show(sizes: list[dict[str, Any]]) -> str:
             *(f"{seconds(a['seconds'][p])} / {seconds(b['seconds'][p])}" for p in ("fit", "solve", "query")),
         ]
         worst = max(abs(value) for value in off.values())
-        told = [f"{off[name] * 100:+.1f} %" for name in ("bytes", "flops", "time")]
+        told = [f"{off[name] * 100:+.0f} %" for name in ("fit", "solve", "query", "time")]
         return [one["name"], *pairs, ", ".join(told), "yes" if worst <= TARGET else "NO"]
 
-    header = ["size", "bytes", "FLOPs", "fit", "solve", f"{QUERIES} queries", "off by", "within 20 %"]
+    header = ["size", "bytes", "FLOPs", "fit", "solve", f"{QUERIES} queries", "time off by: each, in all", "within 20 %"]
     return table(header, [line(one) for one in sizes])
 
 

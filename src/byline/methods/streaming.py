@@ -70,15 +70,20 @@ class Best:
         """Scores (rows, n) of the training examples from ``start`` on, which come after all that came before."""
         key = sign * values
         if self.key.shape[1] < self.k:
-            kept = np.broadcast_to(np.arange(key.shape[1]), key.shape)
+            # whoever reaches the k-th may be among the best, equal ones too: sorting all of them costs ten times as much
+            bound = np.partition(key, self.k - 1, 1)[:, self.k - 1] if key.shape[1] > self.k else key.max(1)
+            chosen = key <= bound[:, None]
+            # NaN equals nothing, and is to stay last rather than be lost
+            chosen |= np.isnan(bound)[:, None]
         else:
             # what equals the last one kept came later, and stays behind it
-            row, column = np.nonzero(key < self.key[:, -1:])
-            if not len(row):
-                return
-            counts = np.bincount(row, minlength=len(key))
-            kept = np.full((len(key), counts.max()), -1)
-            kept[row, np.arange(len(row)) - (counts.cumsum() - counts)[row]] = column
+            chosen = key < self.key[:, -1:]
+        row, column = np.nonzero(chosen)
+        if not len(row):
+            return
+        counts = np.bincount(row, minlength=len(key))
+        kept = np.full((len(key), counts.max()), -1)
+        kept[row, np.arange(len(row)) - (counts.cumsum() - counts)[row]] = column
         none = kept < 0
         merged = np.concatenate([self.key, np.where(none, np.inf, np.take_along_axis(key, kept, 1))], 1)
         order = np.argsort(merged, axis=1, kind="stable")[:, : self.k]
