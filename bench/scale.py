@@ -222,7 +222,16 @@ def show(sizes: list[dict[str, Any]]) -> str:
         told = [f"{off[name] * 100:+.0f} %" for name in ("fit", "solve", "query", "time")]
         return [one["name"], *pairs, ", ".join(told), "yes" if worst <= TARGET else "NO"]
 
-    header = ["size", "bytes", "FLOPs", "fit", "solve", f"{QUERIES} queries", "time off by: each, in all", "within 20 %"]
+    header = [
+        "size",
+        "bytes",
+        "FLOPs",
+        "fit",
+        "solve",
+        f"{QUERIES} queries",
+        "time off by: each, in all",
+        "within 20 %",
+    ]
     return table(header, [line(one) for one in sizes])
 
 

@@ -1,0 +1,279 @@
+"""byline beside dattri on a transformer of tokens: the same checkpoint, batches and ground truth, in one run.
+
+    .venv/bin/python bench/sequences.py --setup --json runs/sequences.json
+
+Every contestant runs in a process of its own, as in ``peers.py``: seconds to fit and to score, memory above what the
+process held before, and LDS against the bank of `tunes-transformer` (or another setting of sequences). All see one
+trained model. dattri's TRAK takes per-example gradients of all parameters by ``torch.func`` and projects them; its
+LoGra hooks the linear layers, all but relative attention's table of distances, whose input has a dimension more.
+Both run with their CPU defaults; a plain forward and backward pass over the training set stands beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from common import ROOT, environment, save, seconds, table, trained
+from workers import VENV, Figures, Once, left_out, measure, read_job, run_one, setup
+
+FORMAT = 1
+
+
+def contestants(columns: list[int], per_layer: list[int]) -> list[dict[str, Any]]:
+    """What is run; dattri's TRAK with the first number of columns alone."""
+    found: list[dict[str, Any]] = [{"worker": "plain", "name": "plain forward + backward"}]
+    for dim in columns:
+        found.append({"worker": "byline", "name": f"byline TRAK, Factorized({dim})", "method": "trak", "dim": dim})
+    for dim in columns:
+        found.append({"worker": "byline", "name": f"byline LoGra, {dim} columns", "method": "logra", "dim": dim})
+    found.append({"worker": "dattri", "name": f"dattri TRAK {columns[0]}", "method": "trak", "dim": columns[0]})
+    for dim in per_layer:
+        found.append({"worker": "dattri", "name": f"dattri LoGra, {dim} a layer", "method": "logra", "dim": dim})
+    return found
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    plain = next((row["fit"] for row in rows if row["worker"] == "plain"), None)
+    header = ["method", "columns", "fit", "score", "fit ÷ plain", "above start", "LDS", "95 % interval"]
+    body = []
+    for row in rows:
+        judged = "lds" in row
+        body.append(
+            [
+                row["name"],
+                str(row.get("columns", "")),
+                seconds(row["fit"]),
+                seconds(row["score"]) if judged else "",
+                f"{row['fit'] / plain:.1f} ×" if plain else "",
+                f"{(row['peak'] - row['start']) / 1e6:.0f} MB",
+                f"{row['lds']:.3f}" if judged else "",
+                f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}" if judged else "",
+            ]
+        )
+    return table(header, body)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Example:  .venv/bin/python bench/sequences.py --setup --json runs/sequences.json",
+    )
+    parser.add_argument("--setup", action="store_true", help="make the peers' environment first, if it is not there")
+    parser.add_argument("--venv", type=Path, default=VENV, help="the peers' environment (%(default)s)")
+    parser.add_argument("--setting", default="tunes-transformer", help="a setting of sequences (%(default)s)")
+    parser.add_argument("--columns", type=int, nargs="+", default=[512, 1024], help="columns in all (512 1024)")
+    parser.add_argument("--per-layer", type=int, nargs="+", default=[64, 256], help="dattri's LoGra (64 256)")
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences per batch, for all (%(default)s)")
+    parser.add_argument("--threads", type=int, help="torch's threads in every process (torch's own choice)")
+    parser.add_argument("--repeats", type=int, default=3, help="of byline and the plain pass (%(default)s)")
+    parser.add_argument("--out", type=Path, help="where models and bank are kept (runs/SETTING)")
+    parser.add_argument("--only", nargs="+", help="contestants whose name contains one of these")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return work(options.worker)
+
+    import byline
+
+    if options.setup:
+        setup(options.venv)
+    python = options.venv / "bin" / "python"
+    about = {**environment(), "threads_asked": options.threads}
+    absent = left_out(python, ["dattri"])
+    out = options.out or ROOT / "runs" / options.setting
+    _, states, bank = trained(out, 1, None, None, name=options.setting)
+    assert bank is not None
+    rows: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="byline-sequences-") as name:
+        folder = Path(name)
+        _write(folder, states[0])
+        for contestant in contestants(options.columns, options.per_layer):
+            wanted = not options.only or any(word in contestant["name"] for word in options.only)
+            if contestant["worker"] in absent or not wanted:
+                continue
+            print(f"  {contestant['name']} …", flush=True)
+            repeats = 1 if contestant["worker"] == "dattri" else options.repeats
+            job = {**contestant, "setting": options.setting}
+            figures = run_one(__file__, folder, job, python, options, repeats)
+            if "error" in figures:
+                print(f"  {contestant['name']} failed: {figures['error']}")
+                failed.append({**contestant, **figures})
+                continue
+            scores = figures.pop("scores")
+            rows.append({**contestant, **figures})
+            if contestant["worker"] != "plain":
+                found = byline.lds(scores, bank)
+                rows[-1] |= {"lds": found.mean, "interval": list(found.interval)}
+    print(f"\n{show(rows)}\n")
+    print(
+        f"{options.setting}, one model, batches of {options.batch_size}. Seconds on the clock, byline's and the plain "
+        f"pass's the median of {options.repeats} in one process, dattri's of one run. byline factorises its kernel in "
+        "score, dattri solves in fit: compare the totals too."
+    )
+    result = {"format": FORMAT, "environment": about, "batch_size": options.batch_size, "repeats": options.repeats}
+    save(options.json, {**result, "rows": rows, "failed": failed, "left_out": absent})
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(failed) + len(rows)} failed")
+
+
+def _write(folder: Path, state: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors")
+
+
+# The workers: one process each. The model and the data are byline's in all of them.
+
+
+def work(path: Path) -> None:
+    """What runs in a contestant's process: the setting, fit, score, write scores and figures."""
+    from safetensors.torch import load_file
+
+    from byline import settings
+
+    job = read_job(path)
+    setting = settings.get(job["setting"])
+    model = setting.build().eval()
+    model.load_state_dict(load_file(Path(job["folder"]) / "model.safetensors"))
+    make = {"byline": _byline, "dattri": _dattri, "plain": _plain}[job["worker"]]
+    once, about = make(job, setting, model)
+    measure(job, once, about, (len(setting.test_set), len(setting.train_set)))
+
+
+def _loss(model: Any, batch: Any) -> Any:
+    """(B,) the mean over a sequence's target tokens of their negative log-likelihood."""
+    import torch
+
+    ids, targets = batch
+    each = torch.nn.functional.cross_entropy(model(ids).transpose(1, 2), targets, reduction="none")
+    # -100 marks what is no target; its loss is 0
+    return each.sum(1) / (targets != -100).sum(1)
+
+
+def _plain(job: dict[str, Any], setting: Any, model: Any) -> tuple[Once, Figures]:
+    import numpy as np
+
+    from workers import batches_of
+
+    def once() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        def fit() -> None:
+            for batch in batches_of(setting.train_set, job["batch_size"]):
+                model.zero_grad()
+                _loss(model, batch).sum().backward()
+
+        return fit, lambda: np.zeros((len(setting.test_set), len(setting.train_set)), np.float32)
+
+    return once, {}
+
+
+def _byline(job: dict[str, Any], setting: Any, model: Any) -> tuple[Once, Figures]:
+    import byline
+
+    common = {"features": byline.Factorized(job["dim"]), "batch_size": job["batch_size"], "progress": False}
+
+    def once() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        task, ensemble = setting.task(), byline.Independent([model])
+        if job["method"] == "trak":
+            made: Any = byline.TRAK(task, ensemble, **common)
+        else:
+            made = byline.Influence(task, ensemble, solver="explicit", curvature="fisher", **common)
+        return lambda: made.fit(setting.train_set), lambda: made.attribute(setting.test_set).values
+
+    return once, {"version": byline.__version__, "columns": job["dim"]}
+
+
+def _dattri(job: dict[str, Any], setting: Any, model: Any) -> tuple[Once, Figures]:
+    """`TRAKAttributor` and `LoGraAttributor` as their documentation has them: `cache`, then `attribute`."""
+    import torch
+    from dattri.algorithm import TRAKAttributor
+    from dattri.algorithm.logra import LoGraAttributor
+    from dattri.task import AttributionTask
+    from torch.utils.data import DataLoader
+
+    class Named(torch.nn.Module):
+        """Takes batches by name and gives their loss, as LoGra expects of a model of sequences."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, ids: Any, targets: Any) -> Any:
+            return SimpleNamespace(loss=_loss(self.inner, (ids, targets)).sum())
+
+    def named(examples: Any) -> dict[str, Any]:
+        return {
+            name: torch.stack(part) for name, part in zip(("ids", "targets"), zip(*examples, strict=True), strict=True)
+        }
+
+    collate = named if job["method"] == "logra" else None
+    loaders = [
+        DataLoader(part, batch_size=job["batch_size"], shuffle=False, collate_fn=collate)
+        for part in (setting.train_set, setting.test_set)
+    ]
+
+    def each(params: Any, example: Any) -> tuple[Any, Any]:
+        ids, targets = example
+        return torch.func.functional_call(model, params, ids.unsqueeze(0))[0], targets
+
+    def margin_of(params: Any, example: Any) -> Any:
+        logits, targets = each(params, example)
+        known, own = targets != -100, targets.clamp(min=0)[:, None]
+        others = logits.scatter(1, own, -torch.inf).logsumexp(1)
+        return ((logits.gather(1, own)[:, 0] - others) * known).sum() / known.sum()
+
+    def probability(params: Any, example: Any) -> Any:
+        logits, targets = each(params, example)
+        found = torch.nn.functional.cross_entropy(logits, targets.clamp(min=0), reduction="none").neg().exp()
+        return (found * (targets != -100)).sum() / (targets != -100).sum()
+
+    def loss_of_batch(model: Any, batch: Any, device: Any) -> Any:
+        return model(**batch).loss
+
+    def once() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        if job["method"] == "trak":
+            task = AttributionTask(loss_func=margin_of, model=model, checkpoints=[model.state_dict()])
+            made: Any = TRAKAttributor(
+                task=task, correct_probability_func=probability, projector_kwargs={"proj_dim": job["dim"]}, device="cpu"
+            )
+        else:
+            named_model = Named().eval()
+            layers = [
+                name
+                for name, module in named_model.named_modules()
+                if isinstance(module, torch.nn.Linear) and not name.endswith("distance")
+            ]
+            task = AttributionTask(loss_func=loss_of_batch, model=named_model, checkpoints=[named_model.state_dict()])
+            made = LoGraAttributor(task=task, layer_names=layers, proj_dim=job["dim"], device="cpu")
+
+        # LoGra is given the training set again
+        asked = loaders[1:] if job["method"] == "trak" else loaders
+
+        def guarded(work: Callable[[], Any]) -> Any:
+            if job["method"] != "trak":
+                return work()
+            with torch.no_grad():
+                return work()
+
+        return (
+            lambda: guarded(lambda: made.cache(loaders[0])),
+            lambda: guarded(lambda: made.attribute(*asked).T.detach().numpy()),
+        )
+
+    columns = job["dim"] if job["method"] == "trak" else f"{job['dim']} a layer"
+    return once, {"version": importlib.metadata.version("dattri"), "columns": columns}
+
+
+if __name__ == "__main__":
+    main()
