@@ -61,6 +61,8 @@ class Strategy:
         each: How many of them.
         options: Theirs.
         columns: Of a basis of principal components; 0 for the setting's own features.
+        rank: Of `byline.LowRank` features instead; 0 for others.
+        dtype: What the rows of either are kept as.
         validation: The share that is held out to stop each run.
         paper: Whether it is in arXiv 2405.17293.
     """
@@ -77,6 +79,21 @@ class Strategy:
     columns: int = 0
     validation: float = 0.0
     paper: bool = False
+    rank: int = 0
+    dtype: str = "float32"
+
+    def features(self, setting: Any) -> Any:
+        """Its own, or the setting's."""
+        if self.rank:
+            return byline.LowRank(self.rank, dtype=self.dtype)
+        if self.columns:
+            return byline.Factorized(self.columns, basis="pca", dtype=self.dtype)
+        return setting.features()
+
+    def key(self) -> dict[str, Any]:
+        """What a record of it is found by; fields that came later count where they are used."""
+        later = {"rank": 0, "dtype": "float32"}
+        return {name: value for name, value in asdict(self).items() if later.get(name) != value}
 
     @property
     def slug(self) -> str:
@@ -132,6 +149,12 @@ STRATEGIES = (
     Strategy("5 checkpoints of a short run, 128 columns", 1, "short", 5, columns=128),
     Strategy("5 checkpoints of a short run, 512 columns", 1, "short", 5, columns=512),
     Strategy("5 checkpoints of a short run, 1024 columns", 1, "short", 5, columns=1024),
+    Strategy("1 short run, 1024 columns, int8", 1, "short", columns=1024, dtype="int8"),
+    Strategy("1 short run, rank 32, int8", 1, "short", rank=32, dtype="int8"),
+    Strategy("1 short run, rank 128, int8", 1, "short", rank=128, dtype="int8"),
+    Strategy("3 checkpoints of a short run, rank 32, int8", 1, "short", 3, rank=32, dtype="int8"),
+    Strategy("5 checkpoints of a short run, rank 64", 1, "short", 5, rank=64),
+    Strategy("5 checkpoints of a short run, rank 64, int8", 1, "short", 5, rank=64, dtype="int8"),
 )
 
 
@@ -287,7 +310,7 @@ def measure(
 ) -> dict[str, Any]:
     """One strategy, trained with one seed, under every Hessian and residual."""
     ensemble, training, weights = trainers.ensemble(strategy)
-    features = byline.Factorized(strategy.columns, basis="pca") if strategy.columns else setting.features()
+    features = strategy.features(setting)
     variants: list[dict[str, Any]] = []
     record: dict[str, Any] = {"training": plain(training), "models": ensemble.trained_models()}
     store = None
@@ -341,7 +364,7 @@ def run(options: argparse.Namespace, setting: Any, out: Path) -> None:
     done, spent = 0, 0.0
     for number, (strategy, seed) in enumerate(work, 1):
         path = out / "records" / f"{strategy.slug}-{seed}.json"
-        key = shop.key(part="frontier", strategy=asdict(strategy), seed=seed, **asked)
+        key = shop.key(part="frontier", strategy=strategy.key(), seed=seed, **asked)
         if path.exists() and json.loads(path.read_text(encoding="utf-8"))["key"] == key and not options.again:
             continue
         start = time.perf_counter()

@@ -81,9 +81,17 @@ def test_labels_out_of_range_of_a_language_model():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 2, 6])
 @pytest.mark.parametrize(
-    "features", [byline.Exact(), byline.Factorized(9), byline.Factorized(9, "pca"), byline.Nystrom(9), byline.Dense(4)],
+    "features",
+    [
+        byline.Exact(),
+        byline.LowRank(3),
+        byline.Factorized(9),
+        byline.Factorized(9, "pca"),
+        byline.Nystrom(9),
+        byline.Dense(4),
+    ],
     ids=repr,
-)  # fmt: skip
+)
 def test_a_gradient_that_is_not_finite_names_the_example(made, value, place, features):
     data = [(x.clone(), y) for x, y in made.train]
     data[place][0][3] = value

@@ -49,8 +49,14 @@ def test_scores_equal_per_example_autograd(name):
 @pytest.mark.parametrize("name", ["conv2d-groups", "embedding-padding", "tied-head", "functional", "gru"])
 @pytest.mark.parametrize(
     "features",
-    [byline.Dense(6, "gaussian"), byline.Factorized(8), byline.Factorized(8, "pca"), byline.Nystrom(5)],
-    ids=["dense", "random", "pca", "nystrom"],
+    [
+        byline.Dense(6, "gaussian"),
+        byline.Factorized(8),
+        byline.Factorized(8, "pca"),
+        byline.Nystrom(5),
+        byline.LowRank(2),
+    ],
+    ids=["dense", "random", "pca", "nystrom", "low-rank"],
 )
 def test_float64_models_work_with_every_feature(name, features):
     made = build(name)
@@ -87,7 +93,8 @@ def test_half_precision_models_come_near_those_of_float32(method):
 
 
 @pytest.mark.parametrize(
-    "features", [byline.Dense(64), byline.Factorized(64), byline.Factorized(64, basis="pca"), byline.Nystrom(8)]
+    "features",
+    [byline.Dense(64), byline.Factorized(64), byline.Factorized(64, basis="pca"), byline.Nystrom(8), byline.LowRank(4)],
 )
 def test_half_precision_models_work_with_every_feature(features):
     made = build("mlp")

@@ -43,6 +43,72 @@ def test_nystrom_with_all_landmarks_is_exact(name, method):
     ref.assert_close(found, values(made, byline.Exact(), method, damping=0.3), 3e-3)
 
 
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("method", [byline.GradDot, byline.GradCos, byline.TRAK])
+def test_low_rank_at_full_rank_is_exact(name, method):
+    made = build(name)
+    found = values(made, byline.LowRank(10**6), method, damping=0.3)
+    ref.assert_close(found, values(made, byline.Exact(), method, damping=0.3), 1e-4)
+
+
+def factors_by_autograd(made, data, what):
+    """(gradient of the outputs, inputs and ones) of every linear layer."""
+    batch = torch.utils.data.default_collate(list(data))
+    layers = [layer for layer in made.model.modules() if isinstance(layer, nn.Linear)]
+    seen = {}
+    hooks = [m.register_forward_hook(lambda m, i, o: seen.update({m: (i[0].detach(), o)})) for m in layers]
+    value = what(made.model, batch)
+    for hook in hooks:
+        hook.remove()
+    grads = torch.autograd.grad(value.sum(), [seen[m][1] for m in layers])
+    ones = torch.ones(len(value), 1)
+    return [(g, torch.cat([seen[m][0], ones], 1)) for m, g in zip(layers, grads, strict=True)]
+
+
+def test_low_rank_is_the_kernel_of_projected_gradients():
+    """By autograd: each layer's gradient between the eigenvectors of the second moments of its factors."""
+    made, rank = build("mlp", train=40, test=5), 3
+    found = values(made, byline.LowRank(rank))
+    train = factors_by_autograd(made, made.train, made.task.loss)
+    test = factors_by_autograd(made, made.test, made.task.output)
+    # the directions are those of the output's gradients: GradDot takes the loss of a classifier as their multiple
+    learnt = factors_by_autograd(made, made.train, made.task.output)
+    want = torch.zeros(len(made.test), len(made.train))
+    for (g, x), (gz, xz), pair in zip(train, test, learnt, strict=True):
+        u, v = (torch.linalg.eigh((f.T @ f).double())[1].flip(1)[:, :rank].float() for f in pair)
+        one = torch.einsum("bo,bi->boi", gz @ u, xz @ v).flatten(1)
+        two = torch.einsum("bo,bi->boi", g @ u, x @ v).flatten(1)
+        want -= one @ two.T
+    ref.assert_close(found, want.numpy(), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["mlp", "tied-head", "conv2d-groups"])
+def test_wide_factors_find_their_directions_by_a_sketch(name, monkeypatch):
+    made = build(name)
+    exact, narrow = values(made, byline.Exact()), values(made, byline.LowRank(3))
+    monkeypatch.setattr("byline.features.lowrank._LARGEST", 3)
+    found = values(made, byline.LowRank(3))
+    assert not np.array_equal(found, narrow)
+    assert error(found, exact) < 1.5 * error(narrow, exact) + 1e-3
+
+
+def test_low_rank_keeps_less_and_shares_the_inputs():
+    """Three checkpoints keep their common inputs once; every layer keeps 2·rank numbers at most."""
+    torch.manual_seed(0)
+    made = build("mlp", train=30, test=3)
+    models = [made.model.state_dict()]
+    for _ in range(2):
+        models.append({k: v + 0.1 * torch.randn_like(v) for k, v in models[0].items()})
+    one = byline.GradDot(made.task, byline.Independent(models[:1]), features=byline.LowRank(3), progress=False)
+    all_three = byline.GradDot(made.task, byline.Independent(models), features=byline.LowRank(3), progress=False)
+    for attributor in (one, all_three):
+        attributor.fit(made.train)
+    layers = sum(isinstance(layer, nn.Linear) for layer in made.model.modules())
+    assert one._stored(one._voters[0]).columns <= layers * 2 * 3
+    paths = {c["path"] for e in all_three.store.manifest.features.values() for c in e["arrays"].values()}
+    assert len(paths) == 3 * 2 * layers - 2
+
+
 @pytest.mark.parametrize("name", ["mlp", "conv2d-groups", "tied-head"])
 @pytest.mark.parametrize(
     ("make", "widths", "last"),
@@ -53,8 +119,9 @@ def test_nystrom_with_all_landmarks_is_exact(name, method):
         (lambda w, s: byline.Factorized(w, "random", s), (6, 60, 10**6), 1e-3),
         (lambda w, s: byline.Factorized(w, "pca", s), (8, 40, 10**6), 1e-3),
         (lambda w, s: byline.Nystrom(w, s), (2, 5, 9), 1e-2),
+        (lambda w, s: byline.LowRank(w, s), (1, 3, 10**6), 1e-5),
     ],
-    ids=["rademacher", "gaussian", "sjlt", "random", "pca", "nystrom"],
+    ids=["rademacher", "gaussian", "sjlt", "random", "pca", "nystrom", "low-rank"],
 )
 def test_wider_features_are_closer_to_exact(name, make, widths, last):
     made = build(name)
@@ -135,6 +202,7 @@ FEATURES = {
     "exact": byline.Exact(),
     "random": byline.Factorized(64),
     "nystrom": byline.Nystrom(8),
+    "low-rank": byline.LowRank(2),
     "pca": byline.Factorized(64, "pca"),
     "dense": byline.Dense(4),
 }
@@ -170,6 +238,8 @@ def test_dim_is_checked(make, arguments):
 def test_other_arguments_are_checked():
     with pytest.raises(ValueError, match="landmarks is 0"):
         byline.Nystrom(0)
+    with pytest.raises(ValueError, match="rank is 0; expected"):
+        byline.LowRank(0)
     with pytest.raises(ValueError, match="kind is 'dct'"):
         byline.Dense(4, "dct")
     with pytest.raises(ValueError, match="basis is 'svd'"):

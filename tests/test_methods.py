@@ -107,7 +107,8 @@ def smooth(model, batch):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["mlp", "conv2d-groups", "tied-head", "regression", "gru", "callable", "loss"])
 @pytest.mark.parametrize(
-    "features", [byline.Exact(), byline.Factorized(7), byline.Factorized(60, "pca"), byline.Nystrom(6)]
+    "features",
+    [byline.Exact(), byline.Factorized(7), byline.Factorized(60, "pca"), byline.Nystrom(6), byline.LowRank(3)],
 )
 def test_self_influence_is_the_diagonal(method, name, features):
     made = build(name if name not in ("callable", "loss") else "mlp")

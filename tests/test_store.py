@@ -33,6 +33,7 @@ FEATURES = [
     byline.Factorized(20),
     byline.Factorized(20, "pca"),
     byline.Nystrom(4),
+    byline.LowRank(2),
     byline.Dense(8),
 ]
 

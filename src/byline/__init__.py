@@ -28,7 +28,7 @@ from byline.evaluate.overlap import topk_overlap
 from byline.evaluate.removal import brittleness, removal_curve
 from byline.evaluate.retraining import Bank, retrain
 from byline.evaluate.settled import settled
-from byline.features import Dense, Exact, Factorized, Nystrom
+from byline.features import Dense, Exact, Factorized, LowRank, Nystrom
 from byline.ledger import Ledger
 from byline.methods import (
     TRAK,
@@ -74,6 +74,7 @@ __all__ = [
     "LDSDifference",
     "Ledger",
     "LoRA",
+    "LowRank",
     "Measure",
     "Nystrom",
     "Random",

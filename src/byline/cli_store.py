@@ -111,7 +111,7 @@ def estimate(
     task: TaskAt = None,
     train: TrainAt = None,
     features: Annotated[
-        str, typer.Option(help="exact, factorized:DIM, pca:DIM, nystrom:LANDMARKS or dense:DIM")
+        str, typer.Option(help="exact, low-rank:RANK, factorized:DIM, pca:DIM, nystrom:LANDMARKS or dense:DIM")
     ] = "exact",
     dtype: Annotated[str, typer.Option(help="float32, float16 or int8")] = "float32",
     members: Annotated[int, typer.Option(min=1, help="Trained models.")] = 1,
@@ -165,12 +165,15 @@ def _features(text: str, dtype: str) -> Features:
         "factorized": lambda n: byline.Factorized(n, dtype=dtype),
         "pca": lambda n: byline.Factorized(n, "pca", dtype=dtype),
         "nystrom": lambda n: byline.Nystrom(n, dtype=dtype),
+        "low-rank": lambda n: byline.LowRank(n, dtype=dtype),
         "dense": lambda n: byline.Dense(n, dtype=dtype),
     }
     if text == "exact":
         return byline.Exact(dtype=dtype)
     if name not in makers or not size.isdigit():
-        raise ValueError(f"--features is {text!r}; expected exact, or one of {', '.join(makers)} with :COLUMNS")
+        raise ValueError(
+            f"--features is {text!r}; expected exact, or one of {', '.join(makers)} with :COLUMNS (low-rank: :RANK)"
+        )
     return makers[name](int(size))
 
 
@@ -212,7 +215,13 @@ def _refit(place: str, task: Any, ensemble: Any, train: Any) -> None:
     kind = kept.pop("kind")
     if kind == "dense":
         kept["kind"] = kept.pop("projection")
-    classes = {"exact": byline.Exact, "factorized": byline.Factorized, "nystrom": byline.Nystrom, "dense": byline.Dense}
+    classes = {
+        "exact": byline.Exact,
+        "low-rank": byline.LowRank,
+        "factorized": byline.Factorized,
+        "nystrom": byline.Nystrom,
+        "dense": byline.Dense,
+    }
     if kind not in classes:
         raise ValueError(f"the store keeps {kind!r}, which --task cannot compute; fit the method itself again")
     ofs = {entry["of"] for entry in Store(place).manifest.features.values()}

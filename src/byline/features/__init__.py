@@ -4,6 +4,7 @@ from byline.features.base import Features
 from byline.features.dense import Dense
 from byline.features.exact import Exact
 from byline.features.factorized import Factorized
+from byline.features.lowrank import LowRank
 from byline.features.nystrom import Nystrom
 
-__all__ = ["Dense", "Exact", "Factorized", "Features", "Nystrom"]
+__all__ = ["Dense", "Exact", "Factorized", "Features", "LowRank", "Nystrom"]

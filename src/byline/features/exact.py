@@ -16,44 +16,10 @@ from byline.features.base import Features, Passes, Products, Rows, State, check_
 from byline.features.blocks import Block, Flat, Lookup, Outer
 
 
-class Exact(Features):
-    """Kernels from per-layer factors, without projection.
-
-    ``TRAK`` needs the kernel of all pairs of training examples with it, N × N numbers per member while it works; take
-    `Nystrom` or `Factorized` where that is too many. ``GradDot``, ``GradCos`` and ``TracIn`` do not.
-
-    Args:
-        dtype: what rows are kept as: ``"float32"`` (as computed), or ``"float16"`` or ``"int8"`` with a scale per row.
-    """
+class Kernels(Features):
+    """Rows that are factors by layer, ``<block>:left`` and ``:right``, ids and ``:right``, or ``:flat`` gradients."""
 
     linear = False
-
-    def __init__(self, dtype: str = "float32"):
-        self.dtype = check_dtype(dtype)
-
-    def describe(self) -> dict[str, Any]:
-        """The kind, and the dtype."""
-        return {"kind": "exact", "dtype": self.dtype}
-
-    def learn(self, passes: Passes, length: int) -> State:
-        """Decide per block, from one example, whether its factors or its gradient are kept."""
-        blocks = next(iter(passes([0])))
-        return {
-            f"flat/{name}": torch.tensor(isinstance(block, Flat) or (isinstance(block, Outer) and block.smaller_flat))
-            for name, block in blocks.items()
-        }
-
-    def rows(self, blocks: dict[str, Block], state: State) -> Rows:
-        """The factors of every block, or its gradient."""
-        out: Rows = {}
-        for name, block in blocks.items():
-            if bool(state[f"flat/{name}"]) or isinstance(block, Flat):
-                out[f"{name}:flat"] = block.rows()
-            elif isinstance(block, Lookup):
-                out[f"{name}:ids"], out[f"{name}:right"] = block.ids, block.right
-            else:
-                out[f"{name}:left"], out[f"{name}:right"] = block.left, block.right
-        return widened(out)
 
     def kernel(self, a: Rows, b: Rows, products: Products | None = None) -> Tensor:
         """(A, B) inner products of full gradients."""
@@ -94,6 +60,44 @@ class Exact(Features):
             total = term if total is None else total + term
         assert total is not None
         return total
+
+
+class Exact(Kernels):
+    """Kernels from per-layer factors, without projection.
+
+    ``TRAK`` needs the kernel of all pairs of training examples with it, N × N numbers per member while it works; take
+    `Nystrom` or `Factorized` where that is too many. ``GradDot``, ``GradCos`` and ``TracIn`` do not.
+
+    Args:
+        dtype: what rows are kept as: ``"float32"`` (as computed), or ``"float16"`` or ``"int8"`` with a scale per row.
+    """
+
+    def __init__(self, dtype: str = "float32"):
+        self.dtype = check_dtype(dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """The kind, and the dtype."""
+        return {"kind": "exact", "dtype": self.dtype}
+
+    def learn(self, passes: Passes, length: int) -> State:
+        """Decide per block, from one example, whether its factors or its gradient are kept."""
+        blocks = next(iter(passes([0])))
+        return {
+            f"flat/{name}": torch.tensor(isinstance(block, Flat) or (isinstance(block, Outer) and block.smaller_flat))
+            for name, block in blocks.items()
+        }
+
+    def rows(self, blocks: dict[str, Block], state: State) -> Rows:
+        """The factors of every block, or its gradient."""
+        out: Rows = {}
+        for name, block in blocks.items():
+            if bool(state[f"flat/{name}"]) or isinstance(block, Flat):
+                out[f"{name}:flat"] = block.rows()
+            elif isinstance(block, Lookup):
+                out[f"{name}:ids"], out[f"{name}:right"] = block.ids, block.right
+            else:
+                out[f"{name}:left"], out[f"{name}:right"] = block.left, block.right
+        return widened(out)
 
 
 def _keys(a: Rows, b: Rows, name: str) -> tuple[str, str] | None:

@@ -70,7 +70,7 @@ class Best:
         """Scores (rows, n) of the training examples from ``start`` on, which come after all that came before."""
         key = sign * values
         if self.key.shape[1] < self.k:
-            # whoever reaches the k-th may be among the best, equal ones too: sorting all of them costs ten times as much
+            # whoever reaches the k-th may be among the best, equal ones too: sorting all costs ten times as much
             bound = np.partition(key, self.k - 1, 1)[:, self.k - 1] if key.shape[1] > self.k else key.max(1)
             chosen = key <= bound[:, None]
             # NaN equals nothing, and is to stay last rather than be lost

@@ -1,0 +1,111 @@
+"""LOW-RANK features: the kernel of `Exact`, of factors that are kept in their leading directions alone.
+
+For ``∇W = Σ_t g_t ⊗ x_t``: ``⟨∇W(a), ∇W(b)⟩ ≈ Σ_ts (U'g_at · U'g_bs)(V'x_at · V'x_bs)``, U and V the leading
+eigenvectors of the second moments of g and x over the training set (the K-FAC eigenbasis, George et al. 2018,
+arXiv 1806.03884, as `Factorized` has it). The factors are kept, 2·rank numbers a layer, and not their rank²
+products: a row is as small as one of a few columns, and its kernel as rich as one of thousands. Factors that several
+members share, such as the inputs themselves, are kept once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from byline.features.base import Passes, Rows, State, check_dim, check_dtype, seeded, widened
+from byline.features.blocks import Block, Flat, Lookup, Outer
+from byline.features.exact import Kernels
+
+_SAMPLE = 2048  # training examples from which the directions are learnt
+_LARGEST = 4096  # numbers of a factor; of wider ones no square matrix of second moments is made
+_MORE = 64  # random vectors that stand for it, beyond twice the rank
+
+
+class LowRank(Kernels):
+    """Kernels from per-layer factors, each kept in its ``rank`` leading directions.
+
+    With ``rank`` at least as large as every layer it is `Exact`. As with `Exact`, ``TRAK`` needs N × N numbers per
+    member while it works.
+
+    Args:
+        rank: directions of each factor, at most.
+        seed: of the sample of training examples that the directions are learnt from.
+        dtype: what rows are kept as: ``"float32"`` (as computed), or ``"float16"`` or ``"int8"`` with a scale per row.
+
+    Raises:
+        ValueError: ``rank`` is no int of at least 1, or the dtype is another.
+    """
+
+    def __init__(self, rank: int = 64, seed: int = 0, dtype: str = "float32"):
+        self.rank = check_dim(rank, "rank")
+        self.seed = seed
+        self.dtype = check_dtype(dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """Kind, rank, seed and dtype."""
+        return {"kind": "low-rank", "rank": self.rank, "seed": self.seed, "dtype": self.dtype}
+
+    def learn(self, passes: Passes, length: int) -> State:
+        """The directions of every factor, and per block whether its factors or their product are kept."""
+        count = min(length, _SAMPLE)
+        chosen = torch.randperm(length, generator=seeded(self.seed, "sample"))[:count].sort().values.tolist()
+        sums: dict[str, Tensor] = {}
+        sketches: State = {}
+        state: State = {}
+        for blocks in passes(chosen):
+            for name, block in blocks.items():
+                for side, factor in _factors(block).items():
+                    width, key = factor.shape[-1], f"{name}/{side}"
+                    if width <= self.rank:
+                        continue
+                    flat = factor.flatten(0, -2)
+                    other = flat
+                    if width > _LARGEST:
+                        size = min(2 * self.rank + _MORE, width)
+                        if key not in sketches:
+                            sketches[key] = torch.randn(width, size, generator=seeded(self.seed, name, side))
+                        other = flat @ sketches[key].to(flat)
+                    sums[key] = sums.get(key, 0) + (flat.T @ other).double()
+                if f"flat/{name}" not in state:
+                    state[f"flat/{name}"] = torch.tensor(self._product_is_smaller(block))
+        for key, total in sums.items():
+            if key in sketches:
+                # what the second moments do to random vectors spans their leading directions (Halko et al. 2011)
+                state[key] = torch.linalg.svd(total, full_matrices=False)[0][:, : self.rank].float()
+            else:
+                state[key] = torch.linalg.eigh(total)[1].flip(1)[:, : self.rank].float().contiguous()
+        return state
+
+    def rows(self, blocks: dict[str, Block], state: State) -> Rows:
+        """The factors of every block in their directions, or their product; what has no factors is whole."""
+        out: Rows = {}
+        for name, block in blocks.items():
+            if isinstance(block, Flat):
+                out[f"{name}:flat"] = block.rows()
+                continue
+            kept = {side: _in(factor, state.get(f"{name}/{side}")) for side, factor in _factors(block).items()}
+            if isinstance(block, Lookup):
+                out[f"{name}:ids"], out[f"{name}:right"] = block.ids, kept["right"]
+            elif bool(state[f"flat/{name}"]):
+                out[f"{name}:flat"] = torch.einsum("bgto,bgti->bgoi", kept["left"], kept["right"]).flatten(1)
+            else:
+                out[f"{name}:left"], out[f"{name}:right"] = kept["left"], kept["right"]
+        return widened(out)
+
+    def _product_is_smaller(self, block: Block) -> bool:
+        if not isinstance(block, Outer):
+            return isinstance(block, Flat)
+        o, i = (min(self.rank, factor.shape[-1]) for factor in (block.left, block.right))
+        return o * i <= block.left.shape[2] * (o + i)
+
+
+def _factors(block: Block) -> dict[str, Tensor]:
+    if isinstance(block, Flat):
+        return {}
+    return {"right": block.right} if isinstance(block, Lookup) else {"left": block.left, "right": block.right}
+
+
+def _in(factor: Tensor, directions: Tensor | None) -> Tensor:
+    return factor if directions is None else factor @ directions.to(factor)
