@@ -65,6 +65,26 @@ def test_the_best_within_the_budget():
         recommend("c", {}, data=data)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "features"),
+    [
+        ({}, None),
+        ({"columns": 64}, 'byline.Factorized(64, basis="pca")'),
+        ({"columns": 64, "dtype": "int8"}, 'byline.Factorized(64, basis="pca", dtype="int8")'),
+        ({"rank": 32, "dtype": "int8"}, 'byline.LowRank(32, dtype="int8")'),
+        ({"rank": 32}, "byline.LowRank(32)"),
+    ],
+)
+def test_the_code_names_the_features(strategy, features):
+    data = setting("a")
+    data["rows"].append(row("small", 0.1, 1, 1, {"unweighted mean": [0.9]}, **strategy))
+    (one,) = recommend("a", {}, count=1, data={"a": data})
+    call = one.code.splitlines()[-1]
+    assert (
+        call == f"attributor = byline.TRAK(task, ensemble{f', features={features}' if features else ''}).fit(train_set)"
+    )
+
+
 def test_a_task_is_advised_by_settings_like_it():
     data = {"a": setting("a"), "b": setting("b", scale=0.5), "r": setting("r", "regression", scale=0.1)}
     task = byline.Task(nn.Linear(3, 2).eval())

@@ -211,7 +211,12 @@ def _code(strategy: Mapping[str, Any], hessian: str, residual: str) -> str:
         given = ["task", "ensemble", "train_set", f"adapters={each}", *given]
         lines.append(f"ensemble = byline.train_lora({', '.join(given)})")
     method = ["task", "ensemble"]
-    method += [f'features=byline.Factorized({strategy["columns"]}, basis="pca")'] if strategy["columns"] else []
+    # measurements of before there were ranks and dtypes have neither
+    kept = f', dtype="{dtype}"' if (dtype := strategy.get("dtype", "float32")) != "float32" else ""
+    if strategy.get("rank"):
+        method.append(f"features=byline.LowRank({strategy['rank']}{kept})")
+    elif strategy["columns"]:
+        method.append(f'features=byline.Factorized({strategy["columns"]}, basis="pca"{kept})')
     method += [f'hessian="{hessian}"'] if hessian != "unweighted" else []
     method += [f'residual="{residual}"'] if residual != "mean" else []
     lines.append(f"attributor = byline.TRAK({', '.join(method)}).fit(train_set)")
