@@ -386,6 +386,9 @@ def test_a_recorder_says_what_is_wrong(tmp_path):
         byline.Recorder(every=3, first=True).step(model)
     with pytest.raises(ValueError, match="lr is -1"):
         byline.Recorder(every=3).step(model, -1)
+    for lr in ("0.1", float("nan"), torch.ones(2), None):
+        with pytest.raises(ValueError, match=r"lr is .*expected a finite number"):
+            byline.Recorder(every=3).step(model, lr)
     recorder = byline.Recorder(every=1, folder=tmp_path)
     recorder.step(model)
     with pytest.raises(ValueError, match="has checkpoints of a run already"):
@@ -395,6 +398,20 @@ def test_a_recorder_says_what_is_wrong(tmp_path):
     record = json.loads((tmp_path / "recorded.json").read_text())
     (tmp_path / "recorded.json").write_text(json.dumps({**record, "files": ["../../etc/passwd"]}))
     assert byline.Recorder.load(tmp_path).checkpoints[0].parent == tmp_path
+    for damaged in ("{", "[]", "{}", json.dumps({**record, "steps": []}), json.dumps({**record, "rates": [None]})):
+        (tmp_path / "recorded.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"recorded\.json is damaged; expected files, steps and rates"):
+            byline.Recorder.load(tmp_path)
+    (tmp_path / "recorded.json").write_text('{"files": [], "steps": [], "rates": []}')
+    with pytest.raises(ValueError, match="names no checkpoint"):
+        byline.Recorder.load(tmp_path)
+
+
+def test_a_recorder_takes_the_numbers_that_schedules_give():
+    model, recorder = plain(), byline.Recorder(every=3)
+    for lr in (np.float32(0.5), torch.tensor(0.25), 1):
+        recorder.step(model, lr)
+    assert recorder.rates == [1.75]
 
 
 def test_a_lightning_callback(data, monkeypatch):

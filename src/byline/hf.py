@@ -5,7 +5,6 @@ Needs the extra ``hf`` (transformers). Nothing here touches the network: models 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from byline import sequences
-from byline.ensembles import Trajectory
+from byline.ensembles import Trajectory, record
 from byline.ensembles.base import check_count, check_seed, save_trained
 from byline.task import ParamFilter, Task
 
@@ -275,12 +274,10 @@ class Checkpoints(TrainerCallback):
 
         Raises:
             FileNotFoundError: the folder has none.
+            ValueError: it is damaged.
         """
         found = cls(folder)
-        if not found._record.is_file():
-            raise FileNotFoundError(f"no {found._record.name} in {folder}; expected what byline.hf.Checkpoints wrote")
-        record = json.loads(found._record.read_text())
-        found._keep([found.folder / name for name in record["files"]], record["steps"], record["weights"])
+        found._keep(*record.read(found._record, "weights", "byline.hf.Checkpoints"))
         return found
 
     def trajectory(self) -> Trajectory:
@@ -341,5 +338,4 @@ class Checkpoints(TrainerCallback):
         self.steps.append(step)
         self.weights.append(self._rate / self._examples)
         self._rate = 0.0
-        record = {"files": [p.name for p in self.paths], "steps": self.steps, "weights": self.weights}
-        self._record.write_text(json.dumps(record))
+        record.write(self._record, self.paths, self.steps, self.weights, "weights")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import SupportsFloat
 
 import torch
 from torch import nn
 
+from byline.ensembles import record
 from byline.ensembles.base import StateDict, check_count, save_trained
 from byline.ensembles.trajectory import Trajectory
+
+_RECORD = "recorded.json"
 
 
 class Recorder:
@@ -48,7 +50,7 @@ class Recorder:
         if self.first and not self.steps:
             self._keep(model)
 
-    def step(self, model: nn.Module, lr: float = 1.0) -> None:
+    def step(self, model: nn.Module, lr: SupportsFloat = 1.0) -> None:
         """After an optimizer step.
 
         Args:
@@ -58,12 +60,17 @@ class Recorder:
         Raises:
             ValueError: ``lr`` is not a finite number of at least 0.
         """
-        if not isinstance(lr, int | float) or not math.isfinite(lr) or lr < 0:
+        try:
+            # a schedule may give a NumPy number or a tensor of one
+            rate = float(lr)
+        except (TypeError, ValueError, RuntimeError):
+            rate = math.nan
+        if isinstance(lr, str) or not math.isfinite(rate) or rate < 0:
             raise ValueError(f"lr is {lr!r}; expected a finite number of at least 0")
         if self.first and not self._count and not self.steps:
             raise ValueError("first=True, and the first step is over; expected start(model) before it")
         self._count += 1
-        self._rate += float(lr)
+        self._rate += rate
         if self._count % self.every == 0:
             self._keep(model)
 
@@ -103,8 +110,8 @@ class Recorder:
         self.rates.append(self._rate)
         self._rate = 0.0
         if self.folder is not None:
-            record = {"files": [Path(str(p)).name for p in self.checkpoints], "steps": self.steps, "rates": self.rates}
-            (self.folder / "recorded.json").write_text(json.dumps(record), encoding="utf-8")
+            files = [Path(str(p)) for p in self.checkpoints]
+            record.write(self.folder / _RECORD, files, self.steps, self.rates, "rates")
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Recorder:
@@ -112,14 +119,13 @@ class Recorder:
 
         Raises:
             FileNotFoundError: nothing was.
+            ValueError: the record is damaged, or of no checkpoint.
         """
         place = Path(folder)
-        if not (place / "recorded.json").is_file():
-            raise FileNotFoundError(f"no recorded.json in {place}; expected what byline.Recorder wrote")
-        record: dict[str, Any] = json.loads((place / "recorded.json").read_text(encoding="utf-8"))
+        files, steps, rates = record.read(place / _RECORD, "rates", "byline.Recorder")
+        if not files:
+            raise ValueError(f"{place / _RECORD} names no checkpoint; expected at least one")
         found = cls(1)
-        found.folder = place
-        found.checkpoints = [place / Path(name).name for name in record["files"]]
-        found.steps, found.rates = record["steps"], record["rates"]
+        found.folder, found.checkpoints, found.steps, found.rates = place, list(files), steps, rates
         found._count = found.steps[-1]
         return found
