@@ -327,6 +327,10 @@ def test_adapters_of_a_crossfit_see_what_their_model_saw(data, monkeypatch):
     ensemble = byline.train_ensemble(task, data, RECIPE, "crossfit", build=plain)
     made = byline.train_lora(task, ensemble, data, adapters=1, rank=2, epochs=1, progress=False)
     assert looked == [member.trained_on.tolist() for member in made.members()]
+    short = torch.utils.data.Subset(data, range(len(data) - 1))
+    with pytest.raises(ValueError, match=f"was trained on the example at {len(data) - 1}, and the training set has"):
+        byline.train_lora(task, ensemble, short, adapters=1, rank=2, epochs=1, progress=False)
+    assert len(looked) == len(made)
 
 
 # loops of other people

@@ -162,6 +162,19 @@ class Member:
             return self.gradient_changes
         return self.changes
 
+    def check_positions(self, length: int) -> None:
+        """Refuse a training set that lacks an example which the member was trained on.
+
+        Raises:
+            ValueError: says which.
+        """
+        last = -1 if self.trained_on is None else int(self.trained_on[-1])
+        if last >= length:
+            raise ValueError(
+                f"{self.name} was trained on the example at {last}, and the training set has {length}; expected "
+                "positions in the training set that is given here"
+            )
+
     def unseen(self, length: int) -> Tensor:
         """(length,) bool: the training examples that it was not trained on."""
         out = torch.full((length,), self.trained_on is not None)

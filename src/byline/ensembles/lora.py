@@ -332,6 +332,8 @@ def train_lora(
             raise ValueError(f"{name} is {value!r}; expected a finite number above 0")
     targets = [targets] if isinstance(targets, str) else targets
     data = batches.as_dataset(train_set, "train_set")
+    for member in base.members():
+        member.check_positions(len(data))
     names = lora_targets(task.model, targets)
     config = {
         "peft_type": "LORA",

@@ -625,12 +625,7 @@ class Attributor(ABC):
         """Refuse members that do not know the training set's examples, and a Q that they cannot give."""
         members = self.ensemble.members()
         for member in members:
-            last = -1 if member.trained_on is None else int(member.trained_on[-1])
-            if last >= n_train:
-                raise ValueError(
-                    f"{member.name} was trained on the example at {last}, and the training set has {n_train}; expected "
-                    "positions in the training set that fit() is given"
-                )
+            member.check_positions(n_train)
         if self.residual in ("sqrt", "in-sample", "out-of-sample") and self._of != "output":
             raise ValueError(
                 f"residual is {self.residual!r}, which {type(self).__name__} can give where the loss is that of a "
