@@ -26,12 +26,13 @@ from workers import (
     Figures,
     Once,
     batches_of,
+    lds_of,
     left_out,
     margin,
     measure,
     read_inputs,
     read_job,
-    run_one,
+    run_all,
     setup,
     write_inputs,
 )
@@ -124,8 +125,6 @@ def main() -> None:
     if options.worker:
         return work(options.worker)
 
-    import byline
-
     if options.setup:
         setup(options.venv)
     python = options.venv / "bin" / "python"
@@ -135,26 +134,14 @@ def main() -> None:
     print("checkpoints and ground truth")
     setting, states, bank = trained(options.out, max(options.count), options.models, options.bank)
     assert bank is not None
-    rows: list[dict[str, Any]] = []
-    failed: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="byline-peers-") as name:
-        folder = Path(name)
-        write_inputs(folder, setting, states)
-        for contestant in contestants(options.count, options.dims):
-            if contestant["worker"] not in chosen or contestant["worker"] in absent:
-                continue
-            label = f"{contestant['name']}, {contestant['models']} model{'s' if contestant['models'] > 1 else ''}"
-            print(f"  {label} …", flush=True)
-            repeats = options.repeats if contestant["worker"] == "byline" else 1
-            figures = run_one(__file__, folder, contestant, python, options, repeats)
-            if "error" in figures:
-                print(f"  {label} failed: {figures['error']}")
-                failed.append({**contestant, **figures})
-                continue
-            found = byline.lds(figures.pop("scores"), bank)
-            rows.append({**contestant, **figures, "lds": found.mean, "interval": list(found.interval)})
-            last = rows[-1]
-            print(f"    fit {seconds(last['fit'])}, score {seconds(last['score'])}, LDS {found.mean:.3f}", flush=True)
+        write_inputs(Path(name), setting, states)
+        jobs = [
+            job
+            for job in contestants(options.count, options.dims)
+            if job["worker"] in chosen and job["worker"] not in absent
+        ]
+        rows, failed = run_all(__file__, Path(name), jobs, python, options, lambda job, scores: lds_of(scores, bank))
     compare(rows)
     print(f"\n{show(rows)}\n")
     print(

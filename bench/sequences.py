@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common import ROOT, environment, save, seconds, table, trained
-from workers import VENV, Figures, Once, left_out, measure, read_job, run_one, setup
+from workers import VENV, Figures, Once, lds_of, left_out, measure, read_job, run_all, setup
 
 FORMAT = 1
 
@@ -84,8 +84,6 @@ def main() -> None:
     if options.worker:
         return work(options.worker)
 
-    import byline
-
     if options.setup:
         setup(options.venv)
     python = options.venv / "bin" / "python"
@@ -94,28 +92,18 @@ def main() -> None:
     out = options.out or ROOT / "runs" / options.setting
     _, states, bank = trained(out, 1, None, None, name=options.setting)
     assert bank is not None
-    rows: list[dict[str, Any]] = []
-    failed: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="byline-sequences-") as name:
-        folder = Path(name)
-        _write(folder, states[0])
-        for contestant in contestants(options.columns, options.per_layer):
-            wanted = not options.only or any(word in contestant["name"] for word in options.only)
-            if contestant["worker"] in absent or not wanted:
-                continue
-            print(f"  {contestant['name']} …", flush=True)
-            repeats = 1 if contestant["worker"] == "dattri" else options.repeats
-            job = {**contestant, "setting": options.setting}
-            figures = run_one(__file__, folder, job, python, options, repeats)
-            if "error" in figures:
-                print(f"  {contestant['name']} failed: {figures['error']}")
-                failed.append({**contestant, **figures})
-                continue
-            scores = figures.pop("scores")
-            rows.append({**contestant, **figures})
-            if contestant["worker"] != "plain":
-                found = byline.lds(scores, bank)
-                rows[-1] |= {"lds": found.mean, "interval": list(found.interval)}
+        _write(Path(name), states[0])
+        jobs = [
+            {**job, "setting": options.setting}
+            for job in contestants(options.columns, options.per_layer)
+            if job["worker"] not in absent and (not options.only or any(word in job["name"] for word in options.only))
+        ]
+
+        def judged(job: dict[str, Any], scores: Any) -> Figures:
+            return {} if job["worker"] == "plain" else lds_of(scores, bank)
+
+        rows, failed = run_all(__file__, Path(name), jobs, python, options, judged)
     print(f"\n{show(rows)}\n")
     print(
         f"{options.setting}, one model, batches of {options.batch_size}. Seconds on the clock, byline's and the plain "

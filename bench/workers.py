@@ -135,6 +135,49 @@ def run_one(
     return figures
 
 
+def run_all(
+    script: str,
+    folder: Path,
+    jobs: Iterable[dict[str, Any]],
+    python: Path,
+    options: argparse.Namespace,
+    judged: Callable[[dict[str, Any], Any], Figures],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """One contestant after the other: (rows, what failed); a peer that is not byline's own runs once.
+
+    Args:
+        script: that runs each with ``--worker``.
+        folder: of the inputs.
+        jobs: what is run, with "name" and "worker".
+        python: of the peers.
+        options: of the command line.
+        judged: from a job and its scores, what its row says of them.
+    """
+    rows: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    for job in jobs:
+        label = job["name"] + (f", {n} model{'s' if n > 1 else ''}" if (n := job.get("models")) else "")
+        print(f"  {label} …", flush=True)
+        figures = run_one(script, folder, job, python, options, 1 if job["worker"] in PEERS else options.repeats)
+        if "error" in figures:
+            print(f"  {label} failed: {figures['error']}")
+            failed.append({**job, **figures})
+            continue
+        scores = figures.pop("scores")
+        rows.append({**job, **figures, **judged(job, scores)})
+        said = f", LDS {rows[-1]['lds']:.3f}" if "lds" in rows[-1] else ""
+        print(f"    fit {figures['fit']:.2f} s, score {figures['score']:.2f} s{said}", flush=True)
+    return rows, failed
+
+
+def lds_of(scores: Any, bank: Any) -> Figures:
+    """What a row says of scores."""
+    import byline
+
+    found = byline.lds(scores, bank)
+    return {"lds": found.mean, "interval": list(found.interval)}
+
+
 # The worker
 
 

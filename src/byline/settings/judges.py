@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -199,64 +200,52 @@ class LOOJudge(Judge):
         return _figure(leave_one_out(scores, own))
 
 
-class RemovalJudge(Judge):
+class _Removing(Judge):
+    """Retraining without what the scores say is strongest."""
+
+    share = 0.02
+    retrains = True
+    curve: ClassVar[Callable[..., Any]]
+
+    def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any]:
+        """Ten test examples, two models each."""
+        setting = cell.shop.setting
+        size = max(1, round(self.share * len(setting.train_set)))
+        found = type(self).curve(
+            scores,
+            setting.trainer(),
+            setting.train_set,
+            test_set=setting.test_set,
+            task=setting.task(),
+            sizes=[size],
+            examples=10,
+            seeds=2,
+            path=cell.shop.folder / self.name / f"{cell.key}.safetensors",
+            progress=cell.progress,
+        )
+        return _figure(found)
+
+
+class RemovalJudge(_Removing):
     """Removing the strongest proponents."""
 
     name, title = "removal", "Removal"
-    share = 0.02
+    curve = staticmethod(removal_curve)
     says = (
-        f"Fall of the test output when the {share * 100:g} % of the training set with the strongest scores are removed "
-        "and the model trained again, beyond the fall when as many random examples are."
+        f"Fall of the test output when the {_Removing.share * 100:g} % of the training set with the strongest scores "
+        "are removed and the model trained again, beyond the fall when as many random examples are."
     )
-    retrains = True
-
-    def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any]:
-        """Ten test examples, two models each."""
-        setting = cell.shop.setting
-        size = max(1, round(self.share * len(setting.train_set)))
-        found = removal_curve(
-            scores,
-            setting.trainer(),
-            setting.train_set,
-            test_set=setting.test_set,
-            task=setting.task(),
-            sizes=[size],
-            examples=10,
-            seeds=2,
-            path=cell.shop.folder / "removal" / f"{cell.key}.safetensors",
-            progress=cell.progress,
-        )
-        return _figure(found)
 
 
-class BrittlenessJudge(Judge):
+class BrittlenessJudge(_Removing):
     """Predictions turned by removing few examples."""
 
     name, title, labels = "brittleness", "Brittleness", True
-    share = 0.02
+    curve = staticmethod(brittleness)
     says = (
-        f"Share of test examples that were right whose prediction turns when the {share * 100:g} % of the training set "
-        "with the strongest scores are removed."
+        f"Share of test examples that were right whose prediction turns when the {_Removing.share * 100:g} % of the "
+        "training set with the strongest scores are removed."
     )
-    retrains = True
-
-    def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any]:
-        """Ten test examples, two models each."""
-        setting = cell.shop.setting
-        size = max(1, round(self.share * len(setting.train_set)))
-        found = brittleness(
-            scores,
-            setting.trainer(),
-            setting.train_set,
-            test_set=setting.test_set,
-            task=setting.task(),
-            sizes=[size],
-            examples=10,
-            seeds=2,
-            path=cell.shop.folder / "brittleness" / f"{cell.key}.safetensors",
-            progress=cell.progress,
-        )
-        return _figure(found)
 
 
 JUDGES: dict[str, type[Judge]] = {
