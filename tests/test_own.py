@@ -130,6 +130,18 @@ def test_tables_of_other_countries(table, tmp_path, separator):
     assert torch.equal(one.labels, same.labels)
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_decimal_commas_are_numbers(table, tmp_path, separator):
+    other, frame = tmp_path / "other.csv", pd.read_csv(table)
+    frame.to_csv(other, sep=separator, index=False, decimal=",")
+    assert "," in other.read_text()
+    one, same = read_table(table, "answer"), read_table(other, "answer")
+    assert torch.equal(one.inputs, same.inputs)
+    for place in (0, 5):  # row 5 has no height
+        row = frame.iloc[[place]].to_csv(index=False, sep=separator, decimal=",")
+        assert torch.allclose(same.encode(row.encode()), same.inputs[place])
+
+
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_a_row_is_read_as_the_table_is(table, separator):
     data = read_table(table, "answer")

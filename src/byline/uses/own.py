@@ -261,9 +261,24 @@ def _frame(source: Callable[[], Any], where: str, **options: Any) -> Any:
         for separator in (";", "\t"):
             # spreadsheets of many countries write no commas: what was read is one column with a long name
             if len(frame.columns) == 1 and separator in str(frame.columns[0]):
-                frame = pd.read_csv(source(), sep=separator, **options)
+                frame = _with_points(pd.read_csv(source(), sep=separator, **options))
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} is no CSV file that can be read: {error}") from None
+    return frame
+
+
+def _with_points(frame: Any) -> Any:
+    """Columns of numbers with decimal commas as numbers, or as text that is one; commas separate nothing here."""
+    import pandas as pd
+
+    for name in frame.columns:
+        column = frame[name]
+        if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+            continue
+        text = column.dropna().astype(str).str.strip()
+        if text.str.contains(",").any() and text.str.fullmatch(r"[+-]?\d+(,\d+)?").all():
+            points = text.str.replace(",", ".").reindex(frame.index)
+            frame[name] = points if len(frame) == 1 else points.astype(float)
     return frame
 
 
@@ -287,7 +302,8 @@ def _row_encoder(columns: list[_Column], others: list[str]) -> Callable[[bytes],
 def read_table(path: str | Path, label: str) -> OwnData:
     """Rows of a CSV file with a header, separated by commas, semicolons or tabs.
 
-    Numbers are standardised, missing ones take the median; other columns become one column per value, up to 50 values.
+    Numbers are standardised, missing ones take the median; a decimal comma is one where semicolons or tabs separate.
+    Other columns become one column per value, up to 50 values.
 
     Args:
         path: The file.
