@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import byline
 import reference as ref
-from architectures import Net, arrays, ids, vectors
+from architectures import CASES, Net, arrays, ids, vectors
 from conftest import build
 
 KINDS = ["mlp", "tokens-mlp", "conv2d-groups", "embedding-padding", "tied-head", "gru", "layer-norm"]
@@ -80,6 +80,56 @@ def test_low_rank_is_the_kernel_of_projected_gradients():
         two = torch.einsum("bo,bi->boi", g @ u, x @ v).flatten(1)
         want -= one @ two.T
     ref.assert_close(found, want.numpy(), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv2d-groups", "layer-norm", "tokens-mlp"])
+@pytest.mark.parametrize("method", [byline.TRAK, byline.TrackStar])
+@pytest.mark.parametrize("hessian", ["unweighted", "weighted"])
+def test_low_rank_rows_are_vectors_where_they_are_fewer_than_examples(name, method, hessian, monkeypatch):
+    """The primal form of them, and the dual of the very same rows, give the same scores."""
+    extra = {"hessian": hessian} if method is byline.TRAK else {}
+    made, found = build(name, train=150, test=4), []
+    for form in ("primal", "dual"):
+        if form == "dual":
+            monkeypatch.setattr(byline.LowRank, "width", lambda self, forms: None)
+        attributor = method(
+            made.task,
+            byline.Independent([made.model]),
+            features=byline.LowRank(3),
+            damping=0.3,
+            progress=False,
+            **extra,
+        ).fit(made.train)
+        assert attributor._in_primal(attributor._voters[0]) == (form == "primal")
+        top = attributor.top(made.test, 5).proponents
+        found.append((attributor.attribute(made.test).values, attributor.self_influence(), top.scores))
+    for one, other in zip(*found, strict=True):
+        ref.assert_close(one, other, 2e-3)
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_low_rank_knows_beforehand_how_many_columns_there_are_at_least(name, rank):
+    made = build(name)
+    attributor = byline.GradDot(
+        made.task, byline.Independent([made.model]), features=byline.LowRank(rank), progress=False
+    ).fit(made.train)
+    width = attributor.features.width(attributor._stored(attributor._voters[0]).forms)
+    named = made.model.named_parameters()
+    least = attributor.features.least_width(
+        tuple(p.shape) for n, p in named if p.requires_grad and made.task.selects(n)
+    )
+    assert width is None or least <= width
+
+
+def test_low_rank_beyond_memory_is_refused_before_it_starts(monkeypatch):
+    made = build("mlp", train=20)
+    monkeypatch.setattr("byline.methods.kernels.os.sysconf", lambda name: 50)
+    fitted = byline.TRAK(made.task, byline.Independent([made.model]), features=byline.LowRank(1), damping=1.0)
+    fitted.fit(made.train)
+    for features in (byline.LowRank(5), byline.Exact()):
+        with pytest.raises(ValueError, match="needs a kernel of 20 × 20"):
+            byline.TRAK(made.task, byline.Independent([made.model]), features=features).fit(made.train)
 
 
 @pytest.mark.parametrize("name", ["mlp", "tied-head", "conv2d-groups"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -46,6 +46,18 @@ class Features(ABC):
     def kernel(self, a: Rows, b: Rows, products: Products | None = None) -> Tensor:
         """(A, B) inner products of the gradients behind two batches of rows."""
         return a["rows"] @ b["rows"].T
+
+    def vectors(self, rows: Rows) -> Tensor:
+        """(B, k) the rows as vectors, where `width` says that they are some."""
+        return rows["rows"]
+
+    def width(self, forms: Mapping[str, tuple[int, ...]]) -> int | None:
+        """Columns of `vectors`, from the forms of rows without the batch; None where rows are no vectors."""
+        return forms["rows"][0] if self.linear else None
+
+    def least_width(self, forms: Iterable[tuple[int, ...]]) -> int | None:
+        """What `width` is at least, from the forms of the parameters; None where rows are no vectors."""
+        return 0 if self.linear else None
 
     def diagonal(self, a: Rows, b: Rows) -> Tensor:
         """(B,) inner products of pairs of rows."""

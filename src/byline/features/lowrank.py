@@ -9,6 +9,8 @@ members share, such as the inputs themselves, are kept once.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,8 +28,9 @@ _MORE = 64  # random vectors that stand for it, beyond twice the rank
 class LowRank(Kernels):
     """Kernels from per-layer factors, each kept in its ``rank`` leading directions.
 
-    With ``rank`` at least as large as every layer it is `Exact`. As with `Exact`, ``TRAK`` needs N × N numbers per
-    member while it works.
+    With ``rank`` at least as large as every layer it is `Exact`. Where the layers' products have fewer entries than
+    there are training examples (at most rank² a layer), ``TRAK`` works with those, made of the factors as they are
+    read; otherwise, and with embeddings, it needs N × N numbers per member while it works, as with `Exact`.
 
     Args:
         rank: directions of each factor, at most.
@@ -93,6 +96,35 @@ class LowRank(Kernels):
             else:
                 out[f"{name}:left"], out[f"{name}:right"] = kept["left"], kept["right"]
         return widened(out)
+
+    def vectors(self, rows: Rows) -> Tensor:
+        """(B, k) the entries of every layer's product."""
+        parts = []
+        for name, value in rows.items():
+            block, _, part = name.rpartition(":")
+            if part == "flat":
+                parts.append(value)
+            elif part == "left":
+                parts.append(torch.einsum("bgto,bgti->bgoi", value, rows[f"{block}:right"]).flatten(1))
+        return torch.cat(parts, 1)
+
+    def width(self, forms: Mapping[str, tuple[int, ...]]) -> int | None:
+        """Entries of every layer's product; None with embeddings, whose product is as long as the vocabulary."""
+        total = 0
+        for name, form in forms.items():
+            block, _, part = name.rpartition(":")
+            if part == "ids":
+                return None
+            if part == "flat":
+                total += form[0]
+            elif part == "left":
+                total += form[0] * form[2] * forms[f"{block}:right"][2]
+        return total
+
+    def least_width(self, forms: Iterable[tuple[int, ...]]) -> int:
+        """What `width` is at least, from the forms of the parameters alone: vectors count for nothing, being biases."""
+        factors = [(form[0], math.prod(form[1:])) for form in forms if len(form) > 1]
+        return sum(min(self.rank, rows) * min(self.rank, columns) for rows, columns in factors)
 
     def _product_is_smaller(self, block: Block) -> bool:
         if not isinstance(block, Outer):

@@ -513,7 +513,7 @@ class Attributor(ABC):
 
     def _rows_of(self, stored: Stored) -> Iterator[Tensor]:
         for start, stop in self._chunks(stored, 4096):
-            yield stored.read(start, stop)["rows"]
+            yield self.features.vectors(stored.read(start, stop))
 
     def _dots(self, rows: Rows) -> Callable[[Any], Tensor]:
         """The kernel of test rows against rows of training examples, read from the store or resident."""

@@ -138,10 +138,11 @@ class Influence(Attributor):
                 f"{'output' if self.task.name == 'callable' else 'loss'} is a callable; use "
                 "curvature='fisher' or 'auto'"
             )
-        if not isinstance(self.features, Exact) and not (isinstance(solver, Explicit) and curvature == "fisher"):
+        projected = self.features.linear and isinstance(solver, Explicit) and curvature == "fisher"
+        if not isinstance(self.features, Exact) and not projected:
             raise ValueError(
-                f"features is {self.features!r}; Influence takes byline.Exact(), or other features with "
-                "solver='explicit', curvature='fisher'"
+                f"features is {self.features!r}; Influence takes byline.Exact(), or features that are vectors "
+                "(byline.Factorized, byline.Nystrom, byline.Dense) with solver='explicit', curvature='fisher'"
             )
 
     # fitting

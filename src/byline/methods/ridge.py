@@ -52,11 +52,18 @@ class Ridge(Attributor):
         return self._chosen[identity]
 
     def _check_size(self, n_train: int) -> None:
-        if not self.features.linear:
+        named = self.task.model.named_parameters()
+        least = self.features.least_width(tuple(p.shape) for n, p in named if p.requires_grad and self.task.selects(n))
+        if least is None or least >= n_train:
             check_room(n_train, self.features)
 
+    def _width(self, voter: Voter) -> int | None:
+        """Columns of a member's rows as vectors, if they are some."""
+        return self.features.width(self._stored(voter).forms)
+
     def _in_primal(self, voter: Voter) -> bool:
-        return self.features.linear and self._stored(voter).columns < self.n_train_
+        width = self._width(voter)
+        return width is not None and width < self.n_train_
 
     def _streams(self, voter: Voter) -> bool:
         return self._in_primal(voter)
@@ -64,7 +71,7 @@ class Ridge(Attributor):
     def _warm(self) -> None:
         voters = [voter for voter in self._voters if self._in_primal(voter)]
         # small beside the rows that are held, and each would cost a pass over all of them to make anew
-        self._kept_bytes = max(_KEPT, sum(8 * self._stored(voter).columns ** 2 for voter in voters))
+        self._kept_bytes = max(_KEPT, sum(8 * (self._width(voter) or 0) ** 2 for voter in voters))
         for voter in voters:
             self._factor(voter)
 
@@ -79,7 +86,7 @@ class Ridge(Attributor):
             primal_form = self._in_primal(voter)
             scales = self._scales(voter)
             if primal_form:
-                gram = primal(stored, scales)
+                gram = primal(self.features, stored, scales)
             else:
                 gram = dual(self.features, stored, self._products)
                 if scales is not None:
@@ -88,7 +95,7 @@ class Ridge(Attributor):
             ridge = self._relative(key, gram) * float(gram.diagonal().double().sum()) / n
             factor = factorise(gram, ridge, name)
             if self.ledger is not None:
-                product = 2 * n * stored.columns**2 if primal_form else n**2 * stored.columns
+                product = 2 * n * len(factor) ** 2 if primal_form else n**2 * stored.columns
                 self.ledger.add_flops("fitting", product + len(factor) ** 3 / 3)
         self._factors[key] = factor, ridge
         while len(self._factors) > 1 and sum(8 * f.numel() for f, _ in self._factors.values()) > self._kept_bytes:

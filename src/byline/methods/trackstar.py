@@ -69,15 +69,15 @@ class TrackStar(Ridge):
         each = self._lengths[key] if scale is None else self._lengths[key] * scale.sign()
 
         def prepare(rows: Rows) -> Query:
-            white = _solved(factor, rows["rows"].T)
+            white = _solved(factor, self.features.vectors(rows).T)
             whole = torch.linalg.solve_triangular(factor.T, white, upper=True).T.contiguous()
             test, vectors = _inverse_root(white.square().sum(0)).unsqueeze(1), scan.Vectors(whole)
             if self.ledger is not None:
-                columns = stored.columns + self.n_train_
+                columns = (self._width(voter) or stored.columns) + self.n_train_
                 self.ledger.add_flops("serving", 2.0 * len(whole) * self.n_train_ * columns)
 
             def against(train: Any, a: int, b: int) -> Tensor:
-                cosines = (scan.dots(vectors, train) * test * each[a:b]).float()
+                cosines = (scan.dots(vectors, train, self.features) * test * each[a:b]).float()
                 # rounding alone leads beyond a cosine's range, but for the parts of one example (`byline.tokens`)
                 return cosines.clamp_(-1, 1) if cosines.shape[1] == b - a else cosines
 
@@ -113,13 +113,16 @@ class TrackStar(Ridge):
         if self._in_primal(voter):
 
             def in_primal(rows: Rows) -> tuple[Tensor, Tensor]:
-                white = _solved(factor, rows["rows"].T)
+                white = _solved(factor, self.features.vectors(rows).T)
                 whole = torch.linalg.solve_triangular(factor.T, white, upper=True)
-                dots = [stored.read(a, b)["rows"].double() @ whole for a, b in self._chunks(stored)]
+                dots = [self.features.vectors(stored.read(a, b)).double() @ whole for a, b in self._chunks(stored)]
                 return torch.cat(dots).T, white.square().sum(0)
 
             norms = torch.cat(
-                [_solved(factor, stored.read(a, b)["rows"].T).square().sum(0) for a, b in self._chunks(stored)]
+                [
+                    _solved(factor, self.features.vectors(stored.read(a, b)).T).square().sum(0)
+                    for a, b in self._chunks(stored)
+                ]
             )
             return sign * _inverse_root(norms), in_primal
         if ridge == 0:

@@ -102,10 +102,11 @@ class TRAK(Ridge):
         factor, _ = self._factor(voter)
 
         def prepare(rows: Rows) -> Query:
-            self._count(voter, len(rows["rows"]), len(factor))
-            solved = torch.cholesky_solve(rows["rows"].double().T, factor).T.float().contiguous()
+            own = self.features.vectors(rows)
+            self._count(voter, len(own), len(factor))
+            solved = torch.cholesky_solve(own.double().T, factor).T.float().contiguous()
             vectors = scan.Vectors(solved)
-            return Query.of({"rows": solved}, lambda train, a, b: scan.dots(vectors, train))
+            return Query.of({"rows": solved}, lambda train, a, b: scan.dots(vectors, train, self.features))
 
         return prepare
 
@@ -127,15 +128,19 @@ class TRAK(Ridge):
     def _count(self, voter: Voter, rows: int, size: int) -> None:
         if self.ledger is not None:
             # triangular solves and products with the stored rows, which torch's counter does not see
-            each = size * size + self.n_train_ * self._stored(voter).columns
+            columns = size if self._in_primal(voter) else self._stored(voter).columns
+            each = size * size + self.n_train_ * columns
             self.ledger.add_flops("serving", 2.0 * rows * each)
 
     def _self(self, voter: Voter) -> Tensor:
         stored = self._stored(voter)
         factor, ridge = self._factor(voter)
         if self._in_primal(voter):
+            vectors = self.features.vectors
             parts = [
-                torch.linalg.solve_triangular(factor, stored.read(a, b)["rows"].double().T, upper=False).square().sum(0)
+                torch.linalg.solve_triangular(factor, vectors(stored.read(a, b)).double().T, upper=False)
+                .square()
+                .sum(0)
                 for a, b in self._chunks(stored)
             ]
             return torch.cat(parts).float()

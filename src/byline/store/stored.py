@@ -50,6 +50,11 @@ class Stored:
         """Numbers per example."""
         return sum(spec.columns for name, spec in self._specs.items() if not name.endswith(SCALE))
 
+    @property
+    def forms(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one example's part of each array, as it is read."""
+        return {name: spec.shape[1:] for name, spec in self._specs.items() if not name.endswith(SCALE)}
+
     def spans(self, size: int = 1024) -> list[tuple[int, int]]:
         """(start, stop) of whole chunks, about ``size`` examples at a time."""
         step = self.chunk * max(1, size // self.chunk)
