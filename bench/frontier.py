@@ -152,6 +152,7 @@ STRATEGIES = (
     Strategy("1 short run, 1024 columns, int8", 1, "short", columns=1024, dtype="int8"),
     Strategy("1 short run, rank 32, int8", 1, "short", rank=32, dtype="int8"),
     Strategy("1 short run, rank 128, int8", 1, "short", rank=128, dtype="int8"),
+    Strategy("1 short run, rank 12, int8", 1, "short", rank=12, dtype="int8"),
     Strategy("1 short run, rank 24, int8", 1, "short", rank=24, dtype="int8"),
     Strategy("3 checkpoints of a short run, rank 32, int8", 1, "short", 3, rank=32, dtype="int8"),
     Strategy("5 checkpoints of a short run, rank 14, int8", 1, "short", 5, rank=14, dtype="int8"),
