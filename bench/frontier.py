@@ -61,7 +61,7 @@ class Strategy:
         each: How many of them.
         options: Theirs.
         columns: Of a basis of principal components; 0 for the setting's own features.
-        rank: Of `byline.LowRank` features instead; 0 for others.
+        rank: Of `byline.LowRank` features instead, and then of ``columns`` of their products; 0 for others.
         dtype: What the rows of either are kept as.
         validation: The share that is held out to stop each run.
         paper: Whether it is in arXiv 2405.17293.
@@ -85,7 +85,7 @@ class Strategy:
     def features(self, setting: Any) -> Any:
         """Its own, or the setting's."""
         if self.rank:
-            return byline.LowRank(self.rank, dtype=self.dtype)
+            return byline.LowRank(self.rank, self.columns or None, dtype=self.dtype)
         if self.columns:
             return byline.Factorized(self.columns, basis="pca", dtype=self.dtype)
         return setting.features()
@@ -155,6 +155,7 @@ STRATEGIES = (
     Strategy("1 short run, rank 12, int8", 1, "short", rank=12, dtype="int8"),
     Strategy("1 short run, rank 24, int8", 1, "short", rank=24, dtype="int8"),
     Strategy("3 checkpoints of a short run, rank 32, int8", 1, "short", 3, rank=32, dtype="int8"),
+    Strategy("3 checkpoints, rank 32, 800 columns, int8", 1, "short", 3, columns=800, rank=32, dtype="int8"),
     Strategy("5 checkpoints of a short run, rank 14, int8", 1, "short", 5, rank=14, dtype="int8"),
     Strategy("5 checkpoints of a short run, rank 64", 1, "short", 5, rank=64),
     Strategy("5 checkpoints of a short run, rank 64, int8", 1, "short", 5, rank=64, dtype="int8"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -91,7 +93,7 @@ def test_low_rank_rows_are_vectors_where_they_are_fewer_than_examples(name, meth
     made, found = build(name, train=150, test=4), []
     for form in ("primal", "dual"):
         if form == "dual":
-            monkeypatch.setattr(byline.LowRank, "width", lambda self, forms: None)
+            monkeypatch.setattr(byline.LowRank, "width", lambda self, forms, state: None)
         attributor = method(
             made.task,
             byline.Independent([made.model]),
@@ -114,12 +116,36 @@ def test_low_rank_knows_beforehand_how_many_columns_there_are_at_least(name, ran
     attributor = byline.GradDot(
         made.task, byline.Independent([made.model]), features=byline.LowRank(rank), progress=False
     ).fit(made.train)
-    width = attributor.features.width(attributor._stored(attributor._voters[0]).forms)
+    voter = attributor._voters[0]
+    width = attributor.features.width(attributor._stored(voter).forms, attributor._state(voter))
     named = made.model.named_parameters()
     least = attributor.features.least_width(
         tuple(p.shape) for n, p in named if p.requires_grad and made.task.selects(n)
     )
     assert width is None or least <= width
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv2d-groups", "layer-norm", "tokens-mlp"])
+def test_low_rank_with_few_columns(name):
+    """All columns are those of no choice; few are the strongest pairs, and closer to all than as many at random."""
+    made, ensemble = build(name, train=150, test=4), None
+    ensemble = byline.Independent([made.model])
+
+    def scores(columns):
+        features = byline.LowRank(4, columns=columns)
+        attributor = byline.TRAK(made.task, ensemble, features=features, damping=0.3, progress=False).fit(made.train)
+        voter = attributor._voters[0]
+        assert attributor._in_primal(voter)
+        return attributor.attribute(made.test).values, attributor._width(voter)
+
+    (whole, _), (everything, most) = scores(None), scores(10**6)
+    few = [scores(columns) for columns in (2, 8, 24)]
+    assert all(a[1] < b[1] for a, b in itertools.pairwise(few))
+    assert few[-1][1] <= most
+    errors = [error(values, everything) for values, _ in few]
+    assert errors[-1] < errors[0]
+    # directions of factors no wider than the rank are turned, which changes no kernel of all of them
+    ref.assert_close(everything, whole, 2e-3)
 
 
 def test_low_rank_beyond_memory_is_refused_before_it_starts(monkeypatch):
@@ -169,7 +195,7 @@ def test_low_rank_keeps_less_and_shares_the_inputs():
         (lambda w, s: byline.Factorized(w, "random", s), (6, 60, 10**6), 1e-3),
         (lambda w, s: byline.Factorized(w, "pca", s), (8, 40, 10**6), 1e-3),
         (lambda w, s: byline.Nystrom(w, s), (2, 5, 9), 1e-2),
-        (lambda w, s: byline.LowRank(w, s), (1, 3, 10**6), 1e-5),
+        (lambda w, s: byline.LowRank(w, seed=s), (1, 3, 10**6), 1e-5),
     ],
     ids=["rademacher", "gaussian", "sjlt", "random", "pca", "nystrom", "low-rank"],
 )
@@ -290,6 +316,8 @@ def test_other_arguments_are_checked():
         byline.Nystrom(0)
     with pytest.raises(ValueError, match="rank is 0; expected"):
         byline.LowRank(0)
+    with pytest.raises(ValueError, match="columns is 0; expected"):
+        byline.LowRank(4, columns=0)
     with pytest.raises(ValueError, match="kind is 'dct'"):
         byline.Dense(4, "dct")
     with pytest.raises(ValueError, match="basis is 'svd'"):

@@ -73,6 +73,7 @@ def test_the_best_within_the_budget():
         ({"columns": 64, "dtype": "int8"}, 'byline.Factorized(64, basis="pca", dtype="int8")'),
         ({"rank": 32, "dtype": "int8"}, 'byline.LowRank(32, dtype="int8")'),
         ({"rank": 32}, "byline.LowRank(32)"),
+        ({"rank": 32, "columns": 9}, "byline.LowRank(32, columns=9)"),
     ],
 )
 def test_the_code_names_the_features(strategy, features):

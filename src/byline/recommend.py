@@ -214,7 +214,8 @@ def _code(strategy: Mapping[str, Any], hessian: str, residual: str) -> str:
     # measurements of before there were ranks and dtypes have neither
     kept = f', dtype="{dtype}"' if (dtype := strategy.get("dtype", "float32")) != "float32" else ""
     if strategy.get("rank"):
-        method.append(f"features=byline.LowRank({strategy['rank']}{kept})")
+        some = f", columns={strategy['columns']}" if strategy["columns"] else ""
+        method.append(f"features=byline.LowRank({strategy['rank']}{some}{kept})")
     elif strategy["columns"]:
         method.append(f'features=byline.Factorized({strategy["columns"]}, basis="pca"{kept})')
     method += [f'hessian="{hessian}"'] if hessian != "unweighted" else []

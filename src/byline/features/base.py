@@ -47,11 +47,11 @@ class Features(ABC):
         """(A, B) inner products of the gradients behind two batches of rows."""
         return a["rows"] @ b["rows"].T
 
-    def vectors(self, rows: Rows) -> Tensor:
+    def vectors(self, rows: Rows, state: State) -> Tensor:
         """(B, k) the rows as vectors, where `width` says that they are some."""
         return rows["rows"]
 
-    def width(self, forms: Mapping[str, tuple[int, ...]]) -> int | None:
+    def width(self, forms: Mapping[str, tuple[int, ...]], state: State) -> int | None:
         """Columns of `vectors`, from the forms of rows without the batch; None where rows are no vectors."""
         return forms["rows"][0] if self.linear else None
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from byline.features.base import Features, Passes, Rows, State, check_dim, check_dtype, seeded, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
+from byline.features.directions import strongest
 
 _SAMPLE = 2048  # training examples from which the pca basis is learnt
 _LARGEST = 4096  # a basis is learnt for factors up to this width; wider ones are projected at random first
@@ -139,29 +140,15 @@ class Factorized(Features):
             value, vectors = torch.linalg.eigh(moment)
             value, vectors = value.flip(0).clamp_min(0)[: self.dim], vectors.flip(1)[:, : self.dim].float()
             values[key], bases[key] = value, reduced[key] @ vectors if key in reduced else vectors
-        names, strengths, pairs = [], [], []
+        grids = {}
         for name in groups:
             right = values[f"{name}/right"]
             left = values.get(f"{name}/left", values.get(f"{name}/ids"))
             grid = right.unsqueeze(0) if left is None else left.unsqueeze(1) * right.unsqueeze(0)
             # Σ (g·a)²(x·b)² over examples and positions, were the two independent
-            flat = (grid / positions.get(name, 1)).flatten()
-            top = flat.topk(min(self.dim, len(flat)))
-            names += [name] * len(top.values)
-            strengths.append(top.values / groups[name])
-            pairs.append(torch.stack([top.indices // grid.shape[1], top.indices % grid.shape[1]]))
-        strength, pair = torch.cat(strengths), torch.cat(pairs, 1)
-        cost = torch.tensor([groups[name] for name in names])
-        order = strength.argsort(descending=True, stable=True)
-        chosen = order[cost[order].cumsum(0) <= max(self.dim, int(cost[order[0]]))]
-        owner = {name: [] for name in groups}  # type: dict[str, list[int]]
-        for index in chosen.tolist():
-            owner[names[index]].append(index)
+            grids[name] = grid / positions.get(name, 1)
         state: State = {}
-        for name, indices in owner.items():
-            if not indices:
-                continue
-            own = pair[:, indices]
+        for name, own in strongest(grids, groups, self.dim).items():
             if f"{name}/left" not in bases and f"{name}/ids" not in bases:
                 state[f"{name}/right"] = bases[f"{name}/right"][:, own[1]]
                 continue

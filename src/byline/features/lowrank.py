@@ -18,6 +18,7 @@ from torch import Tensor
 
 from byline.features.base import Passes, Rows, State, check_dim, check_dtype, seeded, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
+from byline.features.directions import strongest
 from byline.features.exact import Kernels
 
 _SAMPLE = 2048  # training examples from which the directions are learnt
@@ -29,39 +30,46 @@ class LowRank(Kernels):
     """Kernels from per-layer factors, each kept in its ``rank`` leading directions.
 
     With ``rank`` at least as large as every layer it is `Exact`. Where the layers' products have fewer entries than
-    there are training examples (at most rank² a layer), ``TRAK`` works with those, made of the factors as they are
-    read; otherwise, and with embeddings, it needs N × N numbers per member while it works, as with `Exact`.
+    there are training examples (at most rank² a layer, and no embeddings), ``TRAK`` works with those, made of the
+    factors as they are read; otherwise it needs N × N numbers per member while it works, as with `Exact`.
 
     Args:
         rank: directions of each factor, at most.
+        columns: how many of the products' entries count there, those of the strongest pairs of directions over all
+            layers (what has no factors, such as norms, comes on top); None for all. A query costs in proportion; the
+            rows that are kept stay the factors.
         seed: of the sample of training examples that the directions are learnt from.
         dtype: what rows are kept as: ``"float32"`` (as computed), or ``"float16"`` or ``"int8"`` with a scale per row.
 
     Raises:
-        ValueError: ``rank`` is no int of at least 1, or the dtype is another.
+        ValueError: ``rank`` or ``columns`` is no int of at least 1, or the dtype is another.
     """
 
-    def __init__(self, rank: int = 64, seed: int = 0, dtype: str = "float32"):
+    def __init__(self, rank: int = 64, columns: int | None = None, seed: int = 0, dtype: str = "float32"):
         self.rank = check_dim(rank, "rank")
+        self.columns = None if columns is None else check_dim(columns, "columns")
         self.seed = seed
         self.dtype = check_dtype(dtype)
 
     def describe(self) -> dict[str, Any]:
-        """Kind, rank, seed and dtype."""
-        return {"kind": "low-rank", "rank": self.rank, "seed": self.seed, "dtype": self.dtype}
+        """Kind, rank, columns, seed and dtype."""
+        some = {} if self.columns is None else {"columns": self.columns}
+        return {"kind": "low-rank", "rank": self.rank, **some, "seed": self.seed, "dtype": self.dtype}
 
     def learn(self, passes: Passes, length: int) -> State:
-        """The directions of every factor, and per block whether its factors or their product are kept."""
+        """The directions of every factor, which pairs count, and per block whether factors or product are kept."""
         count = min(length, _SAMPLE)
         chosen = torch.randperm(length, generator=seeded(self.seed, "sample"))[:count].sort().values.tolist()
         sums: dict[str, Tensor] = {}
         sketches: State = {}
         state: State = {}
+        groups: dict[str, int] = {}
+        positions: dict[str, int] = {}
         for blocks in passes(chosen):
             for name, block in blocks.items():
                 for side, factor in _factors(block).items():
                     width, key = factor.shape[-1], f"{name}/{side}"
-                    if width <= self.rank:
+                    if width <= self.rank and self.columns is None:
                         continue
                     flat = factor.flatten(0, -2)
                     other = flat
@@ -73,12 +81,23 @@ class LowRank(Kernels):
                     sums[key] = sums.get(key, 0) + (flat.T @ other).double()
                 if f"flat/{name}" not in state:
                     state[f"flat/{name}"] = torch.tensor(self._product_is_smaller(block))
+                if isinstance(block, Outer):
+                    groups[name] = block.left.shape[1]
+                    positions[name] = positions.get(name, 0) + block.right.shape[:-1].numel()
+        values: dict[str, Tensor] = {}
         for key, total in sums.items():
             if key in sketches:
                 # what the second moments do to random vectors spans their leading directions (Halko et al. 2011)
-                state[key] = torch.linalg.svd(total, full_matrices=False)[0][:, : self.rank].float()
+                vectors, value, _ = torch.linalg.svd(total, full_matrices=False)
+                value = value / sketches[key].shape[1] ** 0.5
             else:
-                state[key] = torch.linalg.eigh(total)[1].flip(1)[:, : self.rank].float().contiguous()
+                value, vectors = (part.flip(-1) for part in torch.linalg.eigh(total))
+            state[key], values[key] = vectors[:, : self.rank].float().contiguous(), value[: self.rank].clamp_min(0)
+        if self.columns is not None:
+            grids = {n: values[f"{n}/left"].unsqueeze(1) * values[f"{n}/right"] / positions[n] for n in groups}
+            none = torch.zeros(2, 0, dtype=torch.long)
+            found = strongest(grids, groups, self.columns)
+            state.update({f"pairs/{name}": found.get(name, none) for name in groups})
         return state
 
     def rows(self, blocks: dict[str, Block], state: State) -> Rows:
@@ -92,23 +111,23 @@ class LowRank(Kernels):
             if isinstance(block, Lookup):
                 out[f"{name}:ids"], out[f"{name}:right"] = block.ids, kept["right"]
             elif bool(state[f"flat/{name}"]):
-                out[f"{name}:flat"] = torch.einsum("bgto,bgti->bgoi", kept["left"], kept["right"]).flatten(1)
+                out[f"{name}:flat"] = _product(kept["left"], kept["right"], state.get(f"pairs/{name}"))
             else:
                 out[f"{name}:left"], out[f"{name}:right"] = kept["left"], kept["right"]
         return widened(out)
 
-    def vectors(self, rows: Rows) -> Tensor:
-        """(B, k) the entries of every layer's product."""
+    def vectors(self, rows: Rows, state: State) -> Tensor:
+        """(B, k) the entries of every layer's product that count."""
         parts = []
         for name, value in rows.items():
             block, _, part = name.rpartition(":")
             if part == "flat":
                 parts.append(value)
             elif part == "left":
-                parts.append(torch.einsum("bgto,bgti->bgoi", value, rows[f"{block}:right"]).flatten(1))
+                parts.append(_product(value, rows[f"{block}:right"], state.get(f"pairs/{block}")))
         return torch.cat(parts, 1)
 
-    def width(self, forms: Mapping[str, tuple[int, ...]]) -> int | None:
+    def width(self, forms: Mapping[str, tuple[int, ...]], state: State) -> int | None:
         """Entries of every layer's product; None with embeddings, whose product is as long as the vocabulary."""
         total = 0
         for name, form in forms.items():
@@ -118,19 +137,29 @@ class LowRank(Kernels):
             if part == "flat":
                 total += form[0]
             elif part == "left":
-                total += form[0] * form[2] * forms[f"{block}:right"][2]
+                pairs = state.get(f"pairs/{block}")
+                total += form[0] * (form[2] * forms[f"{block}:right"][2] if pairs is None else pairs.shape[1])
         return total
 
     def least_width(self, forms: Iterable[tuple[int, ...]]) -> int:
         """What `width` is at least, from the forms of the parameters alone: vectors count for nothing, being biases."""
         factors = [(form[0], math.prod(form[1:])) for form in forms if len(form) > 1]
-        return sum(min(self.rank, rows) * min(self.rank, columns) for rows, columns in factors)
+        least = sum(min(self.rank, rows) * min(self.rank, columns) for rows, columns in factors)
+        return least if self.columns is None else 0
 
     def _product_is_smaller(self, block: Block) -> bool:
         if not isinstance(block, Outer):
             return isinstance(block, Flat)
         o, i = (min(self.rank, factor.shape[-1]) for factor in (block.left, block.right))
         return o * i <= block.left.shape[2] * (o + i)
+
+
+def _product(left: Tensor, right: Tensor, pairs: Tensor | None) -> Tensor:
+    """(B, k) the entries of ``Σ_t left_t ⊗ right_t``, all or those of these pairs."""
+    if pairs is not None and left.shape[1:3] == (1, 1) and right.shape[1:3] == (1, 1):
+        return left[:, 0, 0][:, pairs[0]] * right[:, 0, 0][:, pairs[1]]
+    product = torch.einsum("bgto,bgti->bgoi", left, right)
+    return (product if pairs is None else product[:, :, pairs[0], pairs[1]]).flatten(1)
 
 
 def _factors(block: Block) -> dict[str, Tensor]:

@@ -511,9 +511,11 @@ class Attributor(ABC):
         """Spans of whole chunks."""
         return stored.spans(size)
 
-    def _rows_of(self, stored: Stored) -> Iterator[Tensor]:
-        for start, stop in self._chunks(stored, 4096):
-            yield self.features.vectors(stored.read(start, stop))
+    def _vectors(self, voter: Voter, size: int = 1024) -> Iterator[Tensor]:
+        """The rows of the training set as vectors, some at a time."""
+        stored, state = self._stored(voter), self._state(voter)
+        for start, stop in self._chunks(stored, size):
+            yield self.features.vectors(stored.read(start, stop), state)
 
     def _dots(self, rows: Rows) -> Callable[[Any], Tensor]:
         """The kernel of test rows against rows of training examples, read from the store or resident."""

@@ -200,7 +200,7 @@ class DVEmb(Attributor):
         found = self.store.state(key)
         if found is None:
             if self._is_primal(voter):
-                gram = primal(self.features, stored, root if scaled else None).double()
+                gram = primal(self.features, stored, {}, root if scaled else None).double()
             else:
                 gram = torch.cat([self._cross(stored.read(a, b), stored) for a, b in self._chunks(stored)]).double()
                 gram *= root.unsqueeze(1) * root

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from byline.features.base import Features, Products
+from byline.features.base import Features, Products, State
 from byline.store import Stored, StoredRows
 
 _CHUNK = 1024
@@ -54,11 +54,11 @@ def dual(features: Features, stored: Stored, products: Products) -> Tensor:
     return out
 
 
-def primal(features: Features, stored: Stored, scales: Tensor | None = None) -> Tensor:
+def primal(features: Features, stored: Stored, state: State, scales: Tensor | None = None) -> Tensor:
     """(k, k) float32: the sum of outer products of rows as vectors, each times its scale (N,) where there are some."""
     out: Tensor | None = None
     for start, stop in stored.spans(_CHUNK):
-        rows = features.vectors(stored.read(start, stop))
+        rows = features.vectors(stored.read(start, stop), state)
         rows = rows if scales is None else rows * scales[start:stop, None].to(rows)
         out = rows.T @ rows if out is None else out.addmm_(rows.T, rows)
     assert out is not None

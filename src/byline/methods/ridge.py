@@ -59,7 +59,7 @@ class Ridge(Attributor):
 
     def _width(self, voter: Voter) -> int | None:
         """Columns of a member's rows as vectors, if they are some."""
-        return self.features.width(self._stored(voter).forms)
+        return self.features.width(self._stored(voter).forms, self._state(voter))
 
     def _in_primal(self, voter: Voter) -> bool:
         width = self._width(voter)
@@ -86,7 +86,7 @@ class Ridge(Attributor):
             primal_form = self._in_primal(voter)
             scales = self._scales(voter)
             if primal_form:
-                gram = primal(self.features, stored, scales)
+                gram = primal(self.features, stored, self._state(voter), scales)
             else:
                 gram = dual(self.features, stored, self._products)
                 if scales is not None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from byline import batches
-from byline.features.base import Features
+from byline.features.base import Features, State
 
 DTYPES = ("float32", "float16", "int8")
 _BLOCK = 2**18  # numbers of a block that is converted in cache
@@ -116,11 +116,11 @@ class Resident:
         return chunk
 
 
-def dots(vectors: Vectors, train: Any, features: Features) -> Tensor:
+def dots(vectors: Vectors, train: Any, features: Features, state: State) -> Tensor:
     """(B, n) inner products of vectors (B, k) with a chunk, or with rows of features as the store reads them."""
     if isinstance(train, Chunk):
         return train.dots(vectors).to(vectors.given)
-    return vectors.given @ features.vectors(train).to(vectors.given).T
+    return vectors.given @ features.vectors(train, state).to(vectors.given).T
 
 
 def check_dtype(dtype: Any) -> str:

@@ -64,12 +64,13 @@ class TrackStar(Ridge):
         factor, _ = self._factor(voter)
         key = voter.member.identity("gradient")
         if key not in self._lengths:
-            found = [_solved(factor, rows.T).square().sum(0) for rows in self._rows_of(stored)]
+            found = [_solved(factor, rows.T).square().sum(0) for rows in self._vectors(voter, 4096)]
             self._lengths[key] = _inverse_root(torch.cat(found))
         each = self._lengths[key] if scale is None else self._lengths[key] * scale.sign()
+        state = self._state(voter)
 
         def prepare(rows: Rows) -> Query:
-            white = _solved(factor, self.features.vectors(rows).T)
+            white = _solved(factor, self.features.vectors(rows, state).T)
             whole = torch.linalg.solve_triangular(factor.T, white, upper=True).T.contiguous()
             test, vectors = _inverse_root(white.square().sum(0)).unsqueeze(1), scan.Vectors(whole)
             if self.ledger is not None:
@@ -77,7 +78,7 @@ class TrackStar(Ridge):
                 self.ledger.add_flops("serving", 2.0 * len(whole) * self.n_train_ * columns)
 
             def against(train: Any, a: int, b: int) -> Tensor:
-                cosines = (scan.dots(vectors, train, self.features) * test * each[a:b]).float()
+                cosines = (scan.dots(vectors, train, self.features, state) * test * each[a:b]).float()
                 # rounding alone leads beyond a cosine's range, but for the parts of one example (`byline.tokens`)
                 return cosines.clamp_(-1, 1) if cosines.shape[1] == b - a else cosines
 
@@ -111,19 +112,14 @@ class TrackStar(Ridge):
         factor, ridge = self._factor(voter)
         sign = torch.ones(self.n_train_) if scale is None else scale.sign()
         if self._in_primal(voter):
+            state = self._state(voter)
 
             def in_primal(rows: Rows) -> tuple[Tensor, Tensor]:
-                white = _solved(factor, self.features.vectors(rows).T)
+                white = _solved(factor, self.features.vectors(rows, state).T)
                 whole = torch.linalg.solve_triangular(factor.T, white, upper=True)
-                dots = [self.features.vectors(stored.read(a, b)).double() @ whole for a, b in self._chunks(stored)]
-                return torch.cat(dots).T, white.square().sum(0)
+                return torch.cat([own.double() @ whole for own in self._vectors(voter)]).T, white.square().sum(0)
 
-            norms = torch.cat(
-                [
-                    _solved(factor, self.features.vectors(stored.read(a, b)).T).square().sum(0)
-                    for a, b in self._chunks(stored)
-                ]
-            )
+            norms = torch.cat([_solved(factor, rows.T).square().sum(0) for rows in self._vectors(voter)])
             return sign * _inverse_root(norms), in_primal
         if ridge == 0:
             raise ValueError("damping is 0; TrackStar with more columns than examples expects a number above 0")

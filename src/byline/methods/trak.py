@@ -100,13 +100,14 @@ class TRAK(Ridge):
 
     def _query(self, voter: Voter) -> Prepare:
         factor, _ = self._factor(voter)
+        state = self._state(voter)
 
         def prepare(rows: Rows) -> Query:
-            own = self.features.vectors(rows)
+            own = self.features.vectors(rows, state)
             self._count(voter, len(own), len(factor))
             solved = torch.cholesky_solve(own.double().T, factor).T.float().contiguous()
             vectors = scan.Vectors(solved)
-            return Query.of({"rows": solved}, lambda train, a, b: scan.dots(vectors, train, self.features))
+            return Query.of({"rows": solved}, lambda train, a, b: scan.dots(vectors, train, self.features, state))
 
         return prepare
 
@@ -133,15 +134,11 @@ class TRAK(Ridge):
             self.ledger.add_flops("serving", 2.0 * rows * each)
 
     def _self(self, voter: Voter) -> Tensor:
-        stored = self._stored(voter)
         factor, ridge = self._factor(voter)
         if self._in_primal(voter):
-            vectors = self.features.vectors
             parts = [
-                torch.linalg.solve_triangular(factor, vectors(stored.read(a, b)).double().T, upper=False)
-                .square()
-                .sum(0)
-                for a, b in self._chunks(stored)
+                torch.linalg.solve_triangular(factor, rows.double().T, upper=False).square().sum(0)
+                for rows in self._vectors(voter)
             ]
             return torch.cat(parts).float()
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype), upper=False)

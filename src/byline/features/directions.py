@@ -1,0 +1,39 @@
+"""Which pairs of directions of a layer's two factors say most, over all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def strongest(grids: Mapping[str, Tensor], groups: Mapping[str, int], count: int) -> dict[str, Tensor]:
+    """The pairs with the largest products of eigenvalues, as many as ``count`` columns hold.
+
+    Args:
+        grids: per block, (left directions, right directions) what a pair carries: ``E (g·a)²(x·b)²``, were the two
+            independent; (1, directions) where there is one factor.
+        groups: per block, how many columns a pair takes.
+        count: columns in all; the strongest pair of all is always taken.
+
+    Returns:
+        per block that has some, (2, k) places in its grid, the strongest first.
+    """
+    names: list[str] = []
+    strengths, pairs = [], []
+    for name, grid in grids.items():
+        top = grid.flatten().topk(min(count, grid.numel()))
+        names += [name] * len(top.values)
+        strengths.append(top.values / groups[name])
+        pairs.append(torch.stack([top.indices // grid.shape[1], top.indices % grid.shape[1]]))
+    if not names:
+        return {}
+    strength, pair = torch.cat(strengths), torch.cat(pairs, 1)
+    cost = torch.tensor([groups[name] for name in names])
+    order = strength.argsort(descending=True, stable=True)
+    chosen = order[cost[order].cumsum(0) <= max(count, int(cost[order[0]]))]
+    owner: dict[str, list[int]] = {}
+    for index in chosen.tolist():
+        owner.setdefault(names[index], []).append(index)
+    return {name: pair[:, owner[name]] for name in grids if name in owner}
