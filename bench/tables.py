@@ -3,6 +3,7 @@
     python bench/tables.py runs/fashion-mlp/results.json README.md
     python bench/tables.py runs/fashion-mlp/grid.json docs/grid.md --marker fashion-mlp
     python bench/tables.py runs/influence-mlp.json docs/figures.md --marker influence-mlp
+    python bench/tables.py runs/frontier/fashion-mlp/frontier.json docs/frontier.md --marker fashion-frontier
     python bench/shares.py > shares.txt; python bench/tables.py shares.txt docs/uses.md --marker shares
 
 Replaces what stands between `<!-- table:begin -->` and `<!-- table:end -->`, and between the `savings` markers; of
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +188,45 @@ def influence(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+FRONTIER = (
+    ("lds", "unweighted mean", "Q"),
+    ("lds", "unweighted sqrt", "√Q"),
+    ("lds", "unweighted out-of-sample", "out-of-sample"),
+    ("lds", "weighted mean", "W, Q"),
+    ("lds", "weighted sqrt", "W, √Q"),
+    ("other", "unweighted mean", "Q, other truth"),
+    ("other", "weighted mean", "W, Q, other truth"),
+)
+
+
+def frontier(result: dict[str, Any]) -> str:
+    """Strategies down; costs, also as shares of five independent models', and LDS by residual and Hessian."""
+    rows = [row for row in result["rows"] if row["refused"] is None]
+    naive = next((row for row in rows if row["name"] == "independent 5"), None)
+    shown = [v for v in FRONTIER if any(row[v[0]].get(v[1]) for row in rows)]
+    head = ["strategy", "trainings", "serving", "space", *(name for _, _, name in shown)]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    spread = []
+    for row in rows:
+        costs = [human_flops(row["serving"]), human_bytes(row["space"])]
+        if naive is not None and row is not naive:
+            shares = [row[part] / naive[part] for part in ("serving", "space")]
+            costs = [f"{cost}, {share:.0%}" for cost, share in zip(costs, shares, strict=True)]
+        cells = []
+        for what, variant, _ in shown:
+            values = row[what].get(variant, [])
+            spread += [statistics.stdev(values)] if len(values) > 1 else []
+            cells.append(f"{statistics.fmean(values):.3f}" if values else "–")
+        lines.append(f"| {row['name']}{'*' * row['paper']} | {row['trainings']:.2f} | {' | '.join([*costs, *cells])} |")
+    seeds = sorted({row["seeds"] for row in rows})
+    said = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+    tail = f"Means over {said} of the ensembles; * is in the paper, W the weighted Hessian; shares are of five models'."
+    if spread:
+        tail += f" Standard deviations over seeds: median {statistics.median(spread):.3f}, largest {max(spread):.3f}."
+    tail += f" Noise ceiling {result['ceiling']:.2f}." if result["ceiling"] else ""
+    return "\n".join(lines) + "\n\n" + tail
+
+
 def printed(text: str) -> str:
     """The tables that a script printed, as Markdown: columns are where the dashes are."""
     parts, lines = [], text.splitlines()
@@ -221,6 +262,8 @@ def main() -> None:
     text = options.page.read_text()
     if not result:
         parts = {options.marker: printed(options.results.read_text())}
+    elif "role" in result:
+        parts = {options.marker or f"{result['setting']}-frontier": frontier(result)}
     elif "checks" in result:
         parts = {options.marker or "influence": influence(result)}
     elif result.get("kind") == "grid":
