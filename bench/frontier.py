@@ -62,7 +62,7 @@ class Strategy:
         options: Theirs.
         columns: Of a basis of principal components; 0 for the setting's own features.
         rank: Of `byline.LowRank` features instead, and then of ``columns`` of their products; 0 for others.
-        dtype: What the rows of either are kept as.
+        dtype: What the rows are kept as.
         validation: The share that is held out to stop each run.
         paper: Whether it is in arXiv 2405.17293.
     """
@@ -88,7 +88,9 @@ class Strategy:
             return byline.LowRank(self.rank, self.columns or None, dtype=self.dtype)
         if self.columns:
             return byline.Factorized(self.columns, basis="pca", dtype=self.dtype)
-        return setting.features()
+        found = setting.features()
+        found.dtype = self.dtype
+        return found
 
     def key(self) -> dict[str, Any]:
         """What a record of it is found by; fields that came later count where they are used."""
@@ -116,6 +118,7 @@ class Strategy:
 ONE, MANY = {"p": 0.5}, {"p": 0.3}
 STRATEGIES = (
     Strategy("independent 1", paper=True),
+    Strategy("independent 2", 2, paper=True),
     Strategy("independent 5", 5, paper=True),
     Strategy("independent 10", 10, paper=True),
     Strategy("independent 25", 25, paper=True),
@@ -149,6 +152,9 @@ STRATEGIES = (
     Strategy("5 checkpoints of a short run, 128 columns", 1, "short", 5, columns=128),
     Strategy("5 checkpoints of a short run, 512 columns", 1, "short", 5, columns=512),
     Strategy("5 checkpoints of a short run, 1024 columns", 1, "short", 5, columns=1024),
+    Strategy("1 short run, int8", 1, "short", dtype="int8"),
+    Strategy("3 checkpoints of a short run, int8", 1, "short", 3, dtype="int8"),
+    Strategy("5 checkpoints of a short run, int8", 1, "short", 5, dtype="int8"),
     Strategy("1 short run, 1024 columns, int8", 1, "short", columns=1024, dtype="int8"),
     Strategy("1 short run, rank 32, int8", 1, "short", rank=32, dtype="int8"),
     Strategy("1 short run, rank 128, int8", 1, "short", rank=128, dtype="int8"),
