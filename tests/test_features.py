@@ -148,11 +148,78 @@ def test_low_rank_with_few_columns(name):
     ref.assert_close(everything, whole, 2e-3)
 
 
+class Backwards(nn.Module):
+    """Parameters whose names are not in the order of the layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.z = nn.Linear(6, 5)
+        self.a = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.a(torch.relu(self.z(x)))
+
+
+@pytest.mark.parametrize("columns", [None, 12])
+@pytest.mark.parametrize("method", [byline.TRAK, byline.TrackStar])
+def test_low_rank_is_the_same_from_a_store(method, columns, tmp_path):
+    torch.manual_seed(0)
+    model = Backwards().eval()
+    train = torch.utils.data.TensorDataset(torch.randn(80, 6), torch.randint(3, (80,)))
+    found = []
+    for store in (None, tmp_path, tmp_path):
+        attributor = method(
+            byline.Task(model), byline.Independent([model]), features=byline.LowRank(3, columns=columns), damping=0.3,
+            store=store, progress=False,
+        ).fit(train)  # fmt: skip
+        assert attributor._in_primal(attributor._voters[0])
+        found.append(attributor.attribute(train).values)
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+def test_low_rank_with_columns_keeps_the_kernel_of_all(monkeypatch):
+    """Columns choose among vectors; methods that take kernels see every factor, kept as factors or as products."""
+    made = build("conv2d-groups", train=60)
+    one, other = (values(made, byline.LowRank(10**6, columns=c)) for c in (1, None))
+    ref.assert_close(one, other, 1e-4)
+
+
+@pytest.mark.parametrize("features", [byline.LowRank(3), byline.Factorized(16, "pca")], ids=repr)
+def test_directions_do_not_come_from_padding(features):
+    """Longer batches pad more; what is learnt, and so the scores, stays the same."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3 + i // 2 for i in range(24)]
+    data = [(torch.randn(n, 6, generator=generator), torch.randint(7, (n,), generator=generator)) for n in lengths]
+
+    def collate(items):
+        longest = max(len(x) for x, _ in items)
+        x, y = torch.full((len(items), longest, 6), 3.0), torch.full((len(items), longest), -100)
+        for row, (own, targets) in enumerate(items):
+            x[row, : len(own)], y[row, : len(own)] = own, targets
+        return x, y
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 7)).eval()
+    found = []
+    for size in (2, 24):
+        attributor = byline.GradDot(
+            byline.Task(model, output="language-modeling"), byline.Independent([model]), features=features,
+            batch_size=size, collate=collate, progress=False,
+        ).fit(data)  # fmt: skip
+        found.append(attributor.attribute(data[:4]).values)
+    ref.assert_close(found[0], found[1], 1e-4)
+
+
 def test_low_rank_beyond_memory_is_refused_before_it_starts(monkeypatch):
     made = build("mlp", train=20)
     monkeypatch.setattr("byline.methods.kernels.os.sysconf", lambda name: 50)
     fitted = byline.TRAK(made.task, byline.Independent([made.model]), features=byline.LowRank(1), damping=1.0)
     fitted.fit(made.train)
+    adapted = byline.train_lora(
+        made.task, byline.Independent([made.model]), made.train, adapters=1, rank=1, epochs=1, progress=False
+    )
+    byline.TRAK(made.task, adapted, features=byline.LowRank(1), damping=1.0, progress=False).fit(made.train)
     for features in (byline.LowRank(5), byline.Exact()):
         with pytest.raises(ValueError, match="needs a kernel of 20 × 20"):
             byline.TRAK(made.task, byline.Independent([made.model]), features=features).fit(made.train)

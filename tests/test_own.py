@@ -142,6 +142,16 @@ def test_decimal_commas_are_numbers(table, tmp_path, separator):
         assert torch.allclose(same.encode(row.encode()), same.inputs[place])
 
 
+def test_words_with_commas_stay_words(tmp_path):
+    other = tmp_path / "other.csv"
+    other.write_text("tags;income;mixed;x;y\n" + "1,2,3;12,345;1;1;a\n1,2;1,234;1,5;2,5;b\n4;999;unknown;3;a\n" * 4)
+    data = read_table(other, "y")
+    # three kinds of tags and of incomes (are they thousands?), three of what is mixed, and one number
+    assert data.inputs.shape == (12, 3 + 3 + 3 + 1)
+    row = data.encode(b"tags;income;mixed;x\n1,2;1,234;1,5;2,5\n")
+    assert torch.equal(row, data.inputs[1])
+
+
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_a_row_is_read_as_the_table_is(table, separator):
     data = read_table(table, "answer")

@@ -192,6 +192,23 @@ def test_the_running_best_is_the_top_of_the_whole(seed):
         np.testing.assert_array_equal(got.stderr, want.stderr)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_no_number_comes_last(seed):
+    rng = np.random.default_rng(seed)
+    n, k = int(rng.integers(2, 60)), 3
+    values = rng.standard_normal((5, n)).astype(np.float32)
+    values[rng.random(values.shape) < 0.5] = np.nan
+    best = streaming.Best(5, min(k, n))
+    for a, b in itertools.pairwise(sorted({0, n, *rng.integers(0, n, 5).tolist()})):
+        best.add(a, -1, values[:, a:b], np.zeros_like(values[:, a:b]))
+    found = best.ranked()
+    for row, places in zip(values, found.indices, strict=True):
+        assert len(set(places.tolist())) == len(places)
+        assert min(places) >= 0
+        real = np.sort(row[~np.isnan(row)])[::-1][: len(places)]
+        np.testing.assert_array_equal(row[places][: len(real)], real)
+
+
 @pytest.mark.parametrize("method", [byline.TRAK, byline.GradCos, byline.Influence, byline.KNNShapley, byline.Random])
 def test_batch_and_block_sizes_change_nothing(ensembles, method, monkeypatch):
     extra = {} if method in (byline.Influence, byline.KNNShapley, byline.Random) else {"features": byline.Factorized(9)}

@@ -402,7 +402,8 @@ def test_a_recorder_says_what_is_wrong(tmp_path):
     record = json.loads((tmp_path / "recorded.json").read_text())
     (tmp_path / "recorded.json").write_text(json.dumps({**record, "files": ["../../etc/passwd"]}))
     assert byline.Recorder.load(tmp_path).checkpoints[0].parent == tmp_path
-    for damaged in ("{", "[]", "{}", json.dumps({**record, "steps": []}), json.dumps({**record, "rates": [None]})):
+    for damaged in ("{", "[]", "{}", json.dumps({**record, "steps": []}), json.dumps({**record, "rates": [None]}),
+                    json.dumps({**record, "files": [".."]})):  # fmt: skip
         (tmp_path / "recorded.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"recorded\.json is damaged; expected files, steps and rates"):
             byline.Recorder.load(tmp_path)

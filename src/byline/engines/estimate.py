@@ -18,6 +18,7 @@ from byline.features import Exact, Features
 from byline.ledger import Ledger
 from byline.store import Store
 from byline.store.chunks import Spec
+from byline.store.quantize import SCALE
 from byline.task import Task
 
 _BATCHES = 3
@@ -39,7 +40,8 @@ class Estimate:
     memory: int
     """Peak bytes of a process that fits, without the dataset: measured, and the kernel of `Exact` TRAK beside it."""
     kernel: int
-    """Of it, for an N × N kernel, which TRAK and TrackStar need with `Exact` features; 0 otherwise."""
+    """Of it, for an N × N kernel, which TRAK and TrackStar need with `Exact` features, and with `LowRank` where its
+    products have as many entries as there are examples; 0 otherwise."""
     flops: float
     seconds: float
     """On this machine, one process."""
@@ -111,7 +113,9 @@ def estimate(
     columns = sum(
         int(np.prod(content["shape"][1:])) for name, content in entry["arrays"].items() if not name.endswith(":scale")
     )
-    kernel = 0 if features.linear else 3 * 8 * n * n
+    forms = {name: Spec.of(content).shape[1:] for name, content in entry["arrays"].items() if not name.endswith(SCALE)}
+    width = features.width(forms, store.state(job.key(like[0])) or {})
+    kernel = 0 if features.linear or (width is not None and width < n) else 3 * 8 * n * n
     count = len(distinct)
     return Estimate(
         examples=n,

@@ -30,7 +30,7 @@ def read(path: Path, name: str, writer: str) -> tuple[list[Path], list[int], lis
         content = json.loads(path.read_text(encoding="utf-8"))
         files, steps, numbers = content["files"], content["steps"], content[name]
         whole = len(files) == len(steps) == len(numbers)
-        whole = whole and all(isinstance(file, str) and Path(file).name for file in files)
+        whole = whole and all(isinstance(file, str) and Path(file).name not in ("", "..") for file in files)
         whole = whole and all(type(step) is int and step >= 0 for step in steps)
         whole = whole and all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
     except (ValueError, KeyError, TypeError):

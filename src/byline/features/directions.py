@@ -1,4 +1,4 @@
-"""Which pairs of directions of a layer's two factors say most, over all layers."""
+"""Which directions of a layer's two factors say most: from which positions they are learnt, and which pairs count."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from byline.features.blocks import Block, Flat, Lookup
 
 
 def strongest(grids: Mapping[str, Tensor], groups: Mapping[str, int], count: int) -> dict[str, Tensor]:
@@ -37,3 +39,14 @@ def strongest(grids: Mapping[str, Tensor], groups: Mapping[str, int], count: int
     for index in chosen.tolist():
         owner.setdefault(names[index], []).append(index)
     return {name: pair[:, owner[name]] for name in grids if name in owner}
+
+
+def used_positions(block: Block) -> dict[str, Tensor]:
+    """Per factor, the positions at which the gradient is not 0: neither padding nor what a loss leaves out."""
+    if isinstance(block, Flat):
+        return {}
+    if isinstance(block, Lookup):
+        return {"right": block.right.ne(0).any(-1)}
+    left = block.left.ne(0).any(-1)
+    # one factor of inputs may serve all groups
+    return {"left": left, "right": left if block.right.shape[1] == left.shape[1] else left.any(1, keepdim=True)}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from byline.features.base import Features, Passes, Rows, State, check_dim, check_dtype, seeded, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
-from byline.features.directions import strongest
+from byline.features.directions import strongest, used_positions
 
 _SAMPLE = 2048  # training examples from which the pca basis is learnt
 _LARGEST = 4096  # a basis is learnt for factors up to this width; wider ones are projected at random first
@@ -109,20 +109,21 @@ class Factorized(Features):
         reduced: State = {}
         for blocks in passes(order):
             for name, block in blocks.items():
+                used = used_positions(block)
                 for side, factor in _factors(block).items():
                     if side == "ids":
-                        counts = torch.bincount(factor.flatten(), minlength=block.n).double()  # type: ignore[union-attr]
+                        counts = torch.bincount(factor[used["right"]], minlength=block.n).double()  # type: ignore[union-attr]
                         moments[f"{name}/ids"] = moments.get(f"{name}/ids", 0) + counts
                         continue
                     if factor.shape[-1] > _LARGEST:
                         key = f"{name}/{side}"
                         reduced.setdefault(key, self._gaussian(factor.shape[-1], _LARGEST // 4, name, side, "wide"))
                         factor = factor @ reduced[key].to(factor)
-                    flat = factor.flatten(0, -2)
+                    flat = factor[used[side]] if used else factor
                     moments[f"{name}/{side}"] = moments.get(f"{name}/{side}", 0) + (flat.T @ flat).double()
                 groups[name] = 1 if isinstance(block, Flat) else _widths(block)[0]
                 if not isinstance(block, Flat):
-                    positions[name] = positions.get(name, 0) + block.right.shape[:-1].numel()
+                    positions[name] = positions.get(name, 0) + int(used["right"].sum())
         return self._leading(moments, reduced, groups, positions)
 
     def _leading(
@@ -146,7 +147,7 @@ class Factorized(Features):
             left = values.get(f"{name}/left", values.get(f"{name}/ids"))
             grid = right.unsqueeze(0) if left is None else left.unsqueeze(1) * right.unsqueeze(0)
             # Σ (g·a)²(x·b)² over examples and positions, were the two independent
-            grids[name] = grid / positions.get(name, 1)
+            grids[name] = grid / max(1, positions.get(name, 1))
         state: State = {}
         for name, own in strongest(grids, groups, self.dim).items():
             if f"{name}/left" not in bases and f"{name}/ids" not in bases:

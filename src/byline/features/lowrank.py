@@ -18,7 +18,7 @@ from torch import Tensor
 
 from byline.features.base import Passes, Rows, State, check_dim, check_dtype, seeded, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
-from byline.features.directions import strongest
+from byline.features.directions import strongest, used_positions
 from byline.features.exact import Kernels
 
 _SAMPLE = 2048  # training examples from which the directions are learnt
@@ -67,11 +67,12 @@ class LowRank(Kernels):
         positions: dict[str, int] = {}
         for blocks in passes(chosen):
             for name, block in blocks.items():
+                used = used_positions(block)
                 for side, factor in _factors(block).items():
                     width, key = factor.shape[-1], f"{name}/{side}"
                     if width <= self.rank and self.columns is None:
                         continue
-                    flat = factor.flatten(0, -2)
+                    flat = factor[used[side]]
                     other = flat
                     if width > _LARGEST:
                         size = min(2 * self.rank + _MORE, width)
@@ -83,7 +84,7 @@ class LowRank(Kernels):
                     state[f"flat/{name}"] = torch.tensor(self._product_is_smaller(block))
                 if isinstance(block, Outer):
                     groups[name] = block.left.shape[1]
-                    positions[name] = positions.get(name, 0) + block.right.shape[:-1].numel()
+                    positions[name] = positions.get(name, 0) + int(used["right"].sum())
         values: dict[str, Tensor] = {}
         for key, total in sums.items():
             if key in sketches:
@@ -94,7 +95,7 @@ class LowRank(Kernels):
                 value, vectors = (part.flip(-1) for part in torch.linalg.eigh(total))
             state[key], values[key] = vectors[:, : self.rank].float().contiguous(), value[: self.rank].clamp_min(0)
         if self.columns is not None:
-            grids = {n: values[f"{n}/left"].unsqueeze(1) * values[f"{n}/right"] / positions[n] for n in groups}
+            grids = {n: values[f"{n}/left"].unsqueeze(1) * values[f"{n}/right"] / max(1, positions[n]) for n in groups}
             none = torch.zeros(2, 0, dtype=torch.long)
             found = strongest(grids, groups, self.columns)
             state.update({f"pairs/{name}": found.get(name, none) for name in groups})
@@ -111,7 +112,7 @@ class LowRank(Kernels):
             if isinstance(block, Lookup):
                 out[f"{name}:ids"], out[f"{name}:right"] = block.ids, kept["right"]
             elif bool(state[f"flat/{name}"]):
-                out[f"{name}:flat"] = _product(kept["left"], kept["right"], state.get(f"pairs/{name}"))
+                out[f"{name}:flat"] = torch.einsum("bgto,bgti->bgoi", kept["left"], kept["right"]).flatten(1)
             else:
                 out[f"{name}:left"], out[f"{name}:right"] = kept["left"], kept["right"]
         return widened(out)
@@ -119,12 +120,17 @@ class LowRank(Kernels):
     def vectors(self, rows: Rows, state: State) -> Tensor:
         """(B, k) the entries of every layer's product that count."""
         parts = []
-        for name, value in rows.items():
+        # rows come in the order of the model, or of the manifest that they were read by
+        for name in sorted(rows):
             block, _, part = name.rpartition(":")
-            if part == "flat":
-                parts.append(value)
-            elif part == "left":
-                parts.append(_product(value, rows[f"{block}:right"], state.get(f"pairs/{block}")))
+            pairs = state.get(f"pairs/{block}")
+            if part == "left":
+                parts.append(_product(rows[name], rows[f"{block}:right"], pairs))
+            elif part == "flat" and pairs is not None:
+                o, i = (state[f"{block}/{side}"].shape[1] for side in ("left", "right"))
+                parts.append(rows[name].unflatten(1, (-1, o, i))[:, :, pairs[0], pairs[1]].flatten(1))
+            elif part == "flat":
+                parts.append(rows[name])
         return torch.cat(parts, 1)
 
     def width(self, forms: Mapping[str, tuple[int, ...]], state: State) -> int | None:
@@ -132,12 +138,13 @@ class LowRank(Kernels):
         total = 0
         for name, form in forms.items():
             block, _, part = name.rpartition(":")
+            pairs = state.get(f"pairs/{block}")
             if part == "ids":
                 return None
             if part == "flat":
-                total += form[0]
+                o, i = (1, 1) if pairs is None else (state[f"{block}/{s}"].shape[1] for s in ("left", "right"))
+                total += form[0] // (o * i) * (1 if pairs is None else pairs.shape[1])
             elif part == "left":
-                pairs = state.get(f"pairs/{block}")
                 total += form[0] * (form[2] * forms[f"{block}:right"][2] if pairs is None else pairs.shape[1])
         return total
 

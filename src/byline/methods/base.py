@@ -279,11 +279,13 @@ class Attributor(ABC):
         self._check_fitted()
         scan.check_dtype(dtype)
         self._resident, self._held_states = {}, {}
+        for voter in self._voters:
+            if self._streams(voter):
+                self._held_states[voter.member.identity("gradient")] = self._state(voter)
         if self.columns():
             places = streaming.spans(self, self._voters, resident=True)
             for voter in self._voters:
                 stored, key = self._stored(voter), voter.member.identity("gradient")
-                self._held_states[key] = self._state(voter)
                 self._resident[key] = scan.Resident.load((stored.read(a, b)["rows"] for a, b in places), dtype)
         self._warm()
         return sum(rows.nbytes for rows in self._resident.values())

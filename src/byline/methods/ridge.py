@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from byline.ensembles.lora import AdapterChange
 from byline.features.base import Products
 from byline.methods.base import Attributor, Voter, phase
 from byline.methods.damping import auto
@@ -27,6 +28,7 @@ class Ridge(Attributor):
     def _prepare(self) -> None:
         self._factors: OrderedDict[str, tuple[Tensor, float]] = OrderedDict()
         self._chosen: dict[str, float] = {}
+        self._widths: dict[str, int | None] = {}
         self._products = Products()
 
     @property
@@ -52,14 +54,25 @@ class Ridge(Attributor):
         return self._chosen[identity]
 
     def _check_size(self, n_train: int) -> None:
-        named = self.task.model.named_parameters()
-        least = self.features.least_width(tuple(p.shape) for n, p in named if p.requires_grad and self.task.selects(n))
+        if self.features.linear:
+            return
+        model = self.task.model
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and self.task.selects(n)]
+        least = self.features.least_width(tuple(p.shape) for _, p in named)
+        if any(isinstance(c, AdapterChange) for member in self.ensemble.members() for c in member.changes):
+            # theirs are other parameters, and fewer
+            least = None if least is None else 0
+        elif least is not None and _has_look_ups(model, {id(p) for _, p in named}):
+            least = None
         if least is None or least >= n_train:
             check_room(n_train, self.features)
 
     def _width(self, voter: Voter) -> int | None:
         """Columns of a member's rows as vectors, if they are some."""
-        return self.features.width(self._stored(voter).forms, self._state(voter))
+        key = voter.member.identity("gradient")
+        if key not in self._widths:
+            self._widths[key] = self.features.width(self._stored(voter).forms, self._state(voter))
+        return self._widths[key]
 
     def _in_primal(self, voter: Voter) -> bool:
         width = self._width(voter)
@@ -123,3 +136,10 @@ class Ridge(Attributor):
             "damping": self.damping,
             "damping_median": chosen[len(chosen) // 2] if chosen else None,
         }
+
+
+def _has_look_ups(model: nn.Module, parameters: set[int]) -> bool:
+    """Whether some of the parameters are an embedding's, and no other layer's."""
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    tables = (m.weight for m in model.modules() if isinstance(m, nn.Embedding))
+    return any(id(table) in parameters and owners[id(table)] == 1 for table in tables)

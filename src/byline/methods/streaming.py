@@ -69,12 +69,12 @@ class Best:
     def add(self, start: int, sign: int, values: np.ndarray, errors: np.ndarray) -> None:
         """Scores (rows, n) of the training examples from ``start`` on, which come after all that came before."""
         key = sign * values
+        # NaN would win or lose every comparison: it is last
+        key[np.isnan(key)] = np.inf
         if self.key.shape[1] < self.k:
             # whoever reaches the k-th may be among the best, equal ones too: sorting all costs ten times as much
             bound = np.partition(key, self.k - 1, 1)[:, self.k - 1] if key.shape[1] > self.k else key.max(1)
             chosen = key <= bound[:, None]
-            # NaN equals nothing, and is to stay last rather than be lost
-            chosen |= np.isnan(bound)[:, None]
         else:
             # what equals the last one kept came later, and stays behind it
             chosen = key < self.key[:, -1:]

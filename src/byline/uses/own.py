@@ -5,6 +5,7 @@ For who has data and no model yet. Whoever has a model gives it to `byline.uses.
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -190,6 +191,7 @@ class _Column:
     mean: float = 0.0
     std: float = 1.0
     values: tuple[str, ...] | None = None
+    commas: bool = False  # of decimals
 
     def encode(self, column: Any) -> np.ndarray:
         """(n, ...) float64 of a column of n values.
@@ -218,7 +220,8 @@ class _Column:
 
         if self.values is None:
             try:
-                number = float(given) if given.strip() else np.nan
+                text = given.replace(",", ".", 1) if self.commas else given
+                number = float(text) if text.strip() else np.nan
             except ValueError:
                 raise ValueError(f"column {self.name!r} has {given[:50]!r}; expected a number") from None
             return self.encode(pd.Series([number]))
@@ -229,7 +232,7 @@ class _Column:
         return self.encode(pd.Series([value]))
 
 
-def _column_of(column: Any, name: str) -> _Column | None:
+def _column_of(column: Any, name: str, commas: bool = False) -> _Column | None:
     """How a column is encoded; None for one that cannot be learnt from."""
     import pandas as pd
 
@@ -245,11 +248,11 @@ def _column_of(column: Any, name: str) -> _Column | None:
     median = float(np.nanmedian(numbers))
     filled = np.where(np.isnan(numbers), median, numbers)
     with np.errstate(over="ignore", invalid="ignore"):
-        return _Column(name, median, float(filled.mean()), float(filled.std()) or 1.0)
+        return _Column(name, median, float(filled.mean()), float(filled.std()) or 1.0, commas=commas)
 
 
 def _frame(source: Callable[[], Any], where: str, **options: Any) -> Any:
-    """What `pandas.read_csv` makes of a file, by the separator that it has; a fresh handle for each trial.
+    """What `pandas.read_csv` makes of a file, by the separator that it has; a fresh handle for each reading.
 
     Raises:
         ValueError: It is no CSV file.
@@ -257,29 +260,31 @@ def _frame(source: Callable[[], Any], where: str, **options: Any) -> Any:
     import pandas as pd
 
     try:
-        frame = pd.read_csv(source(), **options)
-        for separator in (";", "\t"):
-            # spreadsheets of many countries write no commas: what was read is one column with a long name
-            if len(frame.columns) == 1 and separator in str(frame.columns[0]):
-                frame = _with_points(pd.read_csv(source(), sep=separator, **options))
+        return pd.read_csv(source(), sep=_separator(source()), **options)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} is no CSV file that can be read: {error}") from None
-    return frame
 
 
-def _with_points(frame: Any) -> Any:
-    """Columns of numbers with decimal commas as numbers, or as text that is one; commas separate nothing here."""
-    import pandas as pd
+def _separator(source: Any) -> str:
+    """What separates the columns: a comma, or where the header has none between two of them a semicolon or a tab."""
+    with open(source, "rb") if isinstance(source, Path) else source as file:
+        header = file.readline().decode("utf-8-sig", "replace")
+    for separator in (",", ";", "\t"):
+        if len(next(csv.reader([header], delimiter=separator), [])) > 1:
+            return separator
+    return ","
 
-    for name in frame.columns:
-        column = frame[name]
-        if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
-            continue
-        text = column.dropna().astype(str).str.strip()
-        if text.str.contains(",").any() and text.str.fullmatch(r"[+-]?\d+(,\d+)?").all():
-            points = text.str.replace(",", ".").reindex(frame.index)
-            frame[name] = points if len(frame) == 1 else points.astype(float)
-    return frame
+
+def _with_points(column: Any) -> Any | None:
+    """A column of words that are numbers with decimal commas as numbers; None for any other.
+
+    Commas before groups of three digits alone may stand for thousands, and stay words.
+    """
+    text = column.dropna().astype(str).str.strip()
+    numbers = len(text) and text.str.fullmatch(r"[+-]?\d+(,\d+)?").all()
+    if not numbers or not text.str.contains(r",(?!\d{3}$)").any():
+        return None
+    return text.str.replace(",", ".").astype(float).reindex(column.index)
 
 
 def _row_encoder(columns: list[_Column], others: list[str]) -> Callable[[bytes], Tensor]:
@@ -316,6 +321,8 @@ def read_table(path: str | Path, label: str) -> OwnData:
         FileNotFoundError: No such file.
         ValueError: No such column, missing labels, fewer than two classes, or no columns to learn from.
     """
+    import pandas as pd
+
     source = Path(path)
     if not source.is_file():
         raise FileNotFoundError(f"no file at {source}")
@@ -329,7 +336,13 @@ def read_table(path: str | Path, label: str) -> OwnData:
         )
     labels, classes = _classes(frame[label].astype(str).to_numpy(), str(source))
     others = frame.drop(columns=[label])
-    columns = [made for name in others.columns if (made := _column_of(others[name], str(name))) is not None]
+    decimal = set()
+    if _separator(source) != ",":
+        for name in others.columns:
+            if not pd.api.types.is_numeric_dtype(others[name]) and (found := _with_points(others[name])) is not None:
+                others[name] = found
+                decimal.add(name)
+    columns = [m for name in others.columns if (m := _column_of(others[name], str(name), name in decimal)) is not None]
     parts = [column.encode(others[column.name]) for column in columns]
     if not parts:
         raise ValueError(
