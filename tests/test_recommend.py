@@ -86,6 +86,16 @@ def test_the_code_names_the_features(strategy, features):
     )
 
 
+def test_settings_of_few_strategies_count_where_there_are_no_others(monkeypatch):
+    monkeypatch.setattr("byline.recommend.WIDE", 4)
+    task = byline.Task(nn.Linear(2, 2))
+    few = {**setting("few"), "rows": setting("few")["rows"][:2]}
+    both = recommend(task, {}, count=9, data={"a": setting("a"), "few": few})
+    assert {one.settings for one in both} == {("a",)}
+    assert {one.settings for one in recommend(task, {}, count=9, data={"few": few})} == {("few",)}
+    assert [one.settings for one in recommend("few", {}, count=1, data={"a": setting("a"), "few": few})] == [("few",)]
+
+
 def test_a_task_is_advised_by_settings_like_it():
     data = {"a": setting("a"), "b": setting("b", scale=0.5), "r": setting("r", "regression", scale=0.1)}
     task = byline.Task(nn.Linear(3, 2).eval())

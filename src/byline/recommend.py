@@ -20,7 +20,9 @@ from byline.ensembles.base import check_count
 from byline.task import Task
 
 BUDGETS = ("trainings", "serving", "space")
-NAIVE, UNIT = "independent 5", "independent 1"
+NAIVE = "independent 5"
+WIDE = 20
+"""Strategies of a setting that counts beside others."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def recommend(
 
     Args:
         what: the name of a measured setting, which is then the only one to count; or a task, for which all settings
-            count that have its output, or all where none has, and whose model rules out what it cannot do.
+            count that have its output, or all where none has (of few strategies only where there are no others), and
+            whose model rules out what it cannot do.
         limits: of "trainings", "serving" and "space", as `budget` reads them; what is left out has none.
         count: how many.
         data: the measurements; those of the package by default.
@@ -145,7 +148,9 @@ def recommend(
 
 
 def _like(task: Task, every: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [one for one in every if one["output"] == task.name] or every
+    """The settings that count: advice is of strategies that all of them measured, so narrow ones step back."""
+    like = [one for one in every if one["output"] == task.name] or every
+    return [one for one in like if len(one["rows"]) >= WIDE] or like
 
 
 def _refuses(model: nn.Module, strategy: Mapping[str, Any]) -> bool:
