@@ -34,7 +34,12 @@ def contestants(columns: list[int], per_layer: list[int]) -> list[dict[str, Any]
     for dim in columns:
         found.append({"worker": "byline", "name": f"byline TRAK, Factorized({dim})", "method": "trak", "dim": dim})
     for dim in columns:
+        name = f"byline TRAK, Factorized({dim}, basis='pca')"
+        found.append({"worker": "byline", "name": name, "method": "trak", "dim": dim, "basis": "pca"})
+    for dim in columns:
         found.append({"worker": "byline", "name": f"byline LoGra, {dim} columns", "method": "logra", "dim": dim})
+    name = f"byline LoGra, {columns[-1]} columns, basis='pca'"
+    found.append({"worker": "byline", "name": name, "method": "logra", "dim": columns[-1], "basis": "pca"})
     found.append({"worker": "dattri", "name": f"dattri TRAK {columns[0]}", "method": "trak", "dim": columns[0]})
     for dim in per_layer:
         found.append({"worker": "dattri", "name": f"dattri LoGra, {dim} a layer", "method": "logra", "dim": dim})
@@ -71,7 +76,7 @@ def main() -> None:
     parser.add_argument("--setup", action="store_true", help="make the peers' environment first, if it is not there")
     parser.add_argument("--venv", type=Path, default=VENV, help="the peers' environment (%(default)s)")
     parser.add_argument("--setting", default="tunes-transformer", help="a setting of sequences (%(default)s)")
-    parser.add_argument("--columns", type=int, nargs="+", default=[512, 1024], help="columns in all (512 1024)")
+    parser.add_argument("--columns", type=int, nargs="+", default=[512, 2048], help="columns in all (512 2048)")
     parser.add_argument("--per-layer", type=int, nargs="+", default=[64, 256], help="dattri's LoGra (64 256)")
     parser.add_argument("--batch-size", type=int, default=32, help="sequences per batch, for all (%(default)s)")
     parser.add_argument("--threads", type=int, help="torch's threads in every process (torch's own choice)")
@@ -169,7 +174,8 @@ def _plain(job: dict[str, Any], setting: Any, model: Any) -> tuple[Once, Figures
 def _byline(job: dict[str, Any], setting: Any, model: Any) -> tuple[Once, Figures]:
     import byline
 
-    common = {"features": byline.Factorized(job["dim"]), "batch_size": job["batch_size"], "progress": False}
+    features = byline.Factorized(job["dim"], basis=job.get("basis", "random"))
+    common: dict[str, Any] = {"features": features, "batch_size": job["batch_size"], "progress": False}
 
     def once() -> tuple[Callable[[], Any], Callable[[], Any]]:
         task, ensemble = setting.task(), byline.Independent([model])
