@@ -510,7 +510,9 @@ def report(out: Path, setting_name: str, ceiling: float | None, output: str | No
     save_json(out / "frontier.json", result)
     if output is not None:
         # what `byline recommend` goes by; a shipped figure has three digits
-        kept = {**result, "output": output, "environment": environment()}
+        own = setting_of(setting_name).features()
+        named = "Exact()" if isinstance(own, byline.Exact) else repr(own).replace(", seed=0", "")
+        kept = {**result, "output": output, "features": named, "environment": environment()}
         save_json(PUBLISHED / f"{setting_name}.json", json.loads(json.dumps(kept), parse_float=_rounded))
     plot(out / "frontier.html", setting_name, rows, ceiling)
     print(f"\nwritten to {out / 'frontier.json'} and {out / 'frontier.html'}")

@@ -72,6 +72,7 @@ def test_the_best_within_the_budget():
         ({"columns": 64}, 'byline.Factorized(64, basis="pca")'),
         ({"columns": 64, "dtype": "int8"}, 'byline.Factorized(64, basis="pca", dtype="int8")'),
         ({"rank": 32, "dtype": "int8"}, 'byline.LowRank(32, dtype="int8")'),
+        ({"dtype": "int8"}, 'byline.Exact(dtype="int8")'),
         ({"rank": 32}, "byline.LowRank(32)"),
         ({"rank": 32, "columns": 9}, "byline.LowRank(32, columns=9)"),
     ],
@@ -84,6 +85,14 @@ def test_the_code_names_the_features(strategy, features):
     assert (
         call == f"attributor = byline.TRAK(task, ensemble{f', features={features}' if features else ''}).fit(train_set)"
     )
+
+
+@pytest.mark.parametrize(("dtype", "last"), [("float32", ""), ("int8", ', dtype="int8"')])
+def test_the_code_names_the_features_of_the_setting(dtype, last):
+    data = {**setting("a"), "features": "Factorized(2048, basis='pca')"}
+    data["rows"].append(row("small", 0.1, 1, 1, {"unweighted mean": [0.9]}, dtype=dtype))
+    (one,) = recommend("a", {}, count=1, data={"a": data})
+    assert f"features=byline.Factorized(2048, basis='pca'{last})).fit" in one.code
 
 
 def test_settings_of_few_strategies_count_where_there_are_no_others(monkeypatch):

@@ -127,7 +127,7 @@ def recommend(
                 for variant, values in row["lds"].items():
                     if isinstance(what, Task) and what.own_residual and _needs_residual(variant):
                         continue
-                    costs = _costs(row, by_name)
+                    costs = {**_costs(row, by_name), "features": one.get("features", "Exact()")}
                     share = fmean(values) / (one["ceiling"] or 1.0)
                     found.setdefault((row["name"], variant), []).append((one["setting"], share, values, costs | row))
     advice = [_advice(key, own) for key, own in found.items() if len(own) == len(some)]
@@ -165,7 +165,7 @@ def _needs_residual(variant: str) -> bool:
     return hessian == "weighted" or residual == "leave-one-out"
 
 
-def _costs(row: Mapping[str, Any], by_name: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+def _costs(row: Mapping[str, Any], by_name: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     naive = by_name[NAIVE]
     return {f"{name} share": row[name] / naive[name] for name in ("serving", "space")}
 
@@ -186,12 +186,12 @@ def _advice(key: tuple[str, str], own: Sequence[tuple[str, float, list[float], d
         low=min(every),
         high=max(every),
         settings=tuple(setting for setting, *_ in own),
-        code=_code(own[0][3]["strategy"], hessian, residual),
+        code=_code(own[0][3]["strategy"], own[0][3]["features"], hessian, residual),
     )
 
 
-def _code(strategy: Mapping[str, Any], hessian: str, residual: str) -> str:
-    """What a user writes."""
+def _code(strategy: Mapping[str, Any], features: str, hessian: str, residual: str) -> str:
+    """What a user writes, where the setting's own features are these."""
     kind = "crossfit" if strategy["parts"] else "snapshot" if strategy["cycles"] else "independent"
     kind = "trajectory" if strategy["checkpoints"] and kind == "independent" else kind
     options = [f"models={strategy['runs']}"] if strategy["runs"] > 1 else []
@@ -223,6 +223,8 @@ def _code(strategy: Mapping[str, Any], hessian: str, residual: str) -> str:
         method.append(f"features=byline.LowRank({strategy['rank']}{some}{kept})")
     elif strategy["columns"]:
         method.append(f'features=byline.Factorized({strategy["columns"]}, basis="pca"{kept})')
+    elif kept or features != "Exact()":
+        method.append(f"features=byline.{features[:-1]}{kept if features[-2] != '(' else kept.lstrip(', ')})")
     method += [f'hessian="{hessian}"'] if hessian != "unweighted" else []
     method += [f'residual="{residual}"'] if residual != "mean" else []
     lines.append(f"attributor = byline.TRAK({', '.join(method)}).fit(train_set)")
