@@ -26,6 +26,8 @@ from common import ROOT, environment, save, seconds, table, trained
 from workers import VENV, Figures, Once, lds_of, left_out, measure, read_job, run_all, setup
 
 FORMAT = 1
+ADAPTERS = (1, 4)
+"""Of the trained model, fine-tuned for one epoch: what features of several cost, over what those of one do."""
 
 
 def contestants(columns: list[int], per_layer: list[int]) -> list[dict[str, Any]]:
@@ -36,6 +38,9 @@ def contestants(columns: list[int], per_layer: list[int]) -> list[dict[str, Any]
     for dim in columns:
         name = f"byline TRAK, Factorized({dim}, basis='pca')"
         found.append({"worker": "byline", "name": name, "method": "trak", "dim": dim, "basis": "pca"})
+    for count in ADAPTERS:
+        name = f"byline TRAK of {count} adapter{'s' if count > 1 else ''}, Factorized({columns[0]})"
+        found.append({"worker": "byline", "name": name, "method": "trak", "dim": columns[0], "adapters": count})
     for dim in columns:
         found.append({"worker": "byline", "name": f"byline LoGra, {dim} columns", "method": "logra", "dim": dim})
     name = f"byline LoGra, {columns[-1]} columns, basis='pca'"
@@ -110,6 +115,11 @@ def main() -> None:
 
         rows, failed = run_all(__file__, Path(name), jobs, python, options, judged)
     print(f"\n{show(rows)}\n")
+    fits = {row["adapters"]: row["fit"] for row in rows if "adapters" in row}
+    if len(fits) == len(ADAPTERS):
+        one, several = (fits[count] for count in ADAPTERS)
+        ratio = several / one
+        print(f"{ADAPTERS[1]} adapters take {ratio:.2f} × the fit of one, {ratio / ADAPTERS[1]:.2f} × for each\n")
     print(
         f"{options.setting}, one model, batches of {options.batch_size}. Seconds on the clock, byline's and the plain "
         f"pass's the median of {options.repeats} in one process, dattri's of one run. byline factorises its kernel in "
@@ -177,8 +187,13 @@ def _byline(job: dict[str, Any], setting: Any, model: Any) -> tuple[Once, Figure
     features = byline.Factorized(job["dim"], basis=job.get("basis", "random"))
     common: dict[str, Any] = {"features": features, "batch_size": job["batch_size"], "progress": False}
 
+    ensemble: Any = byline.Independent([model])
+    if "adapters" in job:
+        options: dict[str, Any] = {"adapters": job["adapters"], "epochs": 1, "batch_size": 8, "progress": False}
+        ensemble = byline.train_lora(setting.task(), ensemble, setting.train_set, **options)
+
     def once() -> tuple[Callable[[], Any], Callable[[], Any]]:
-        task, ensemble = setting.task(), byline.Independent([model])
+        task = setting.task()
         if job["method"] == "trak":
             made: Any = byline.TRAK(task, ensemble, **common)
         else:
