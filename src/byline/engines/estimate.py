@@ -110,10 +110,8 @@ def estimate(
     vector = Spec.of(entry["vectors"]["residual"]).nbytes
     each = sum(arrays.values()) - max(of_model, everywhere) + state + 2 * vector
     models = len({m.weights.digest() for m in distinct})
-    columns = sum(
-        int(np.prod(content["shape"][1:])) for name, content in entry["arrays"].items() if not name.endswith(":scale")
-    )
     forms = {name: Spec.of(content).shape[1:] for name, content in entry["arrays"].items() if not name.endswith(SCALE)}
+    columns = sum(int(np.prod(form)) for form in forms.values())
     width = features.width(forms, store.state(job.key(like[0])) or {})
     kernel = 0 if features.linear or (width is not None and width < n) else 3 * 8 * n * n
     count = len(distinct)

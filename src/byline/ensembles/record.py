@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from byline.store.files import Local
 
 
 def write(path: Path, files: Sequence[Path], steps: Sequence[int], numbers: Sequence[float], name: str) -> None:
     """Write it in one step: a kill leaves the old one or the new one."""
     content = {"files": [file.name for file in files], "steps": list(steps), name: list(numbers)}
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(partial, path)
+    Local(path.parent).write(path.name, json.dumps(content).encode())
 
 
 def read(path: Path, name: str, writer: str) -> tuple[list[Path], list[int], list[float]]:

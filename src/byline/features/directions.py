@@ -50,3 +50,11 @@ def used_positions(block: Block) -> dict[str, Tensor]:
     left = block.left.ne(0).any(-1)
     # one factor of inputs may serve all groups
     return {"left": left, "right": left if block.right.shape[1] == left.shape[1] else left.any(1, keepdim=True)}
+
+
+def product(left: Tensor, right: Tensor, pairs: Tensor | None) -> Tensor:
+    """(B, k) the entries of ``Σ_t left_t ⊗ right_t``, all or those of these pairs."""
+    if pairs is not None and left.shape[1:3] == (1, 1) and right.shape[1:3] == (1, 1):
+        return left[:, 0, 0][:, pairs[0]] * right[:, 0, 0][:, pairs[1]]
+    whole = torch.einsum("bgto,bgti->bgoi", left, right)
+    return (whole if pairs is None else whole[:, :, pairs[0], pairs[1]]).flatten(1)

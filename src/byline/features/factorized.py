@@ -16,7 +16,7 @@ from torch import Tensor
 
 from byline.features.base import Features, Passes, Rows, State, check_dim, check_dtype, seeded, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
-from byline.features.directions import strongest, used_positions
+from byline.features.directions import product, strongest, used_positions
 
 _SAMPLE = 2048  # training examples from which the pca basis is learnt
 _LARGEST = 4096  # a basis is learnt for factors up to this width; wider ones are projected at random first
@@ -65,13 +65,7 @@ class Factorized(Features):
                 continue
             left = _left(block, state[f"{name}/left"])
             x = (block.right if isinstance(block, Outer) else block.right.unsqueeze(1)) @ right.to(block.right)
-            if pairs is None:
-                parts.append(torch.einsum("bgto,bgti->bgoi", left, x).flatten(1))
-            elif left.shape[1:3] == (1, 1):
-                parts.append(left[:, 0, 0][:, pairs[0]] * x[:, 0, 0][:, pairs[1]])
-            else:
-                product = torch.einsum("bgto,bgti->bgoi", left, x)
-                parts.append(product[:, :, pairs[0], pairs[1]].flatten(1))
+            parts.append(product(left, x, pairs))
         return widened({"rows": torch.cat(parts, 1)})
 
     def _random(self, blocks: dict[str, Block]) -> State:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from byline.features.base import Passes, Rows, State, check_dim, check_dtype, seeded, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
-from byline.features.directions import strongest, used_positions
+from byline.features.directions import product, strongest, used_positions
 from byline.features.exact import Kernels
 
 _SAMPLE = 2048  # training examples from which the directions are learnt
@@ -112,7 +112,7 @@ class LowRank(Kernels):
             if isinstance(block, Lookup):
                 out[f"{name}:ids"], out[f"{name}:right"] = block.ids, kept["right"]
             elif bool(state[f"flat/{name}"]):
-                out[f"{name}:flat"] = torch.einsum("bgto,bgti->bgoi", kept["left"], kept["right"]).flatten(1)
+                out[f"{name}:flat"] = product(kept["left"], kept["right"], None)
             else:
                 out[f"{name}:left"], out[f"{name}:right"] = kept["left"], kept["right"]
         return widened(out)
@@ -125,7 +125,7 @@ class LowRank(Kernels):
             block, _, part = name.rpartition(":")
             pairs = state.get(f"pairs/{block}")
             if part == "left":
-                parts.append(_product(rows[name], rows[f"{block}:right"], pairs))
+                parts.append(product(rows[name], rows[f"{block}:right"], pairs))
             elif part == "flat" and pairs is not None:
                 o, i = (state[f"{block}/{side}"].shape[1] for side in ("left", "right"))
                 parts.append(rows[name].unflatten(1, (-1, o, i))[:, :, pairs[0], pairs[1]].flatten(1))
@@ -159,14 +159,6 @@ class LowRank(Kernels):
             return isinstance(block, Flat)
         o, i = (min(self.rank, factor.shape[-1]) for factor in (block.left, block.right))
         return o * i <= block.left.shape[2] * (o + i)
-
-
-def _product(left: Tensor, right: Tensor, pairs: Tensor | None) -> Tensor:
-    """(B, k) the entries of ``Σ_t left_t ⊗ right_t``, all or those of these pairs."""
-    if pairs is not None and left.shape[1:3] == (1, 1) and right.shape[1:3] == (1, 1):
-        return left[:, 0, 0][:, pairs[0]] * right[:, 0, 0][:, pairs[1]]
-    product = torch.einsum("bgto,bgti->bgoi", left, right)
-    return (product if pairs is None else product[:, :, pairs[0], pairs[1]]).flatten(1)
 
 
 def _factors(block: Block) -> dict[str, Tensor]:
