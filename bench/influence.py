@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common import BATCH, ROOT, SETTING, clock, environment, median, save, seconds, table, trained
 from workers import (
-    VENV,
     Figures,
     Once,
     left_out,
     margin,
     measure,
+    parser_of,
     read_inputs,
     read_job,
     run_one,
@@ -385,26 +385,16 @@ def show(rows: list[Figures], checks: list[Figures]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Example:  .venv/bin/python bench/influence.py --setup --threads 1 --json runs/influence.json",
-    )
-    parser.add_argument("--setup", action="store_true", help="install what the peers' environment lacks first")
-    parser.add_argument("--venv", type=Path, default=VENV, help="the peers' environment (%(default)s)")
+    parser = parser_of(__doc__, "influence.py --setup --threads 1 --json runs/influence.json", BATCH)
     parser.add_argument("--setting", default=SETTING, help="a setting with pictures and labels (%(default)s)")
     parser.add_argument("--cases", nargs="+", help="run those alone whose name has one of these words")
     parser.add_argument("--quick", action="store_true", help="500 training and 20 test examples, one run of each")
     parser.add_argument("--few", type=int, default=20, help="test examples where a peer is slow (%(default)s)")
     parser.add_argument("--some", type=int, default=100, help="test examples where it is less slow (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=BATCH, help="examples per batch, for all (%(default)s)")
-    parser.add_argument("--threads", type=int, help="torch's threads in every process (torch's own choice)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of byline and kronfluence (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=PEERS, help="these peers alone")
     parser.add_argument("--out", type=Path, help="where models are kept (runs/SETTING)")
     parser.add_argument("--models", type=Path, help="a folder of checkpoints (.safetensors) to take instead")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return work(options.worker)

@@ -10,7 +10,6 @@ sentence. No torchvision is installed: what is used here of these versions does 
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import sys
 import tempfile
@@ -22,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common import BATCH, ROOT, SETTING, environment, save, seconds, table, trained
 from workers import (
-    VENV,
     Figures,
     Once,
     batches_of,
@@ -30,6 +28,7 @@ from workers import (
     left_out,
     margin,
     measure,
+    parser_of,
     read_inputs,
     read_job,
     run_all,
@@ -103,24 +102,14 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Example:  .venv/bin/python bench/peers.py --setup --json runs/peers.json",
-    )
-    parser.add_argument("--setup", action="store_true", help="make the peers' environment first, if it is not there")
-    parser.add_argument("--venv", type=Path, default=VENV, help="the peers' environment (%(default)s)")
+    parser = parser_of(__doc__, "peers.py --setup --json runs/peers.json", BATCH)
     parser.add_argument("--count", type=int, nargs="+", default=[1, 5], help="numbers of models (1 5)")
     parser.add_argument("--dims", type=int, nargs="+", default=[512, 2048], help="projection dimensions (512 2048)")
-    parser.add_argument("--batch-size", type=int, default=BATCH, help="examples per batch, for all (%(default)s)")
-    parser.add_argument("--threads", type=int, help="torch's threads in every process (torch's own choice)")
     parser.add_argument("--repeats", type=int, default=5, help="of byline's runs, for the median (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=["byline", *PEERS], help="run these alone")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / SETTING, help="where models and bank are kept")
     parser.add_argument("--models", type=Path, help="a folder of checkpoints (.safetensors) to take instead")
     parser.add_argument("--bank", type=Path, help="a bank to take instead")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return work(options.worker)

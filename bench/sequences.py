@@ -11,7 +11,6 @@ Both run with their CPU defaults; a plain forward and backward pass over the tra
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common import ROOT, environment, save, seconds, table, trained
-from workers import VENV, Figures, Once, lds_of, left_out, measure, read_job, run_all, setup
+from workers import Figures, Once, lds_of, left_out, measure, parser_of, read_job, run_all, setup
 
 FORMAT = 1
 ADAPTERS = (1, 4)
@@ -73,23 +72,13 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Example:  .venv/bin/python bench/sequences.py --setup --json runs/sequences.json",
-    )
-    parser.add_argument("--setup", action="store_true", help="make the peers' environment first, if it is not there")
-    parser.add_argument("--venv", type=Path, default=VENV, help="the peers' environment (%(default)s)")
+    parser = parser_of(__doc__, "sequences.py --setup --json runs/sequences.json", 32)
     parser.add_argument("--setting", default="tunes-transformer", help="a setting of sequences (%(default)s)")
     parser.add_argument("--columns", type=int, nargs="+", default=[512, 2048], help="columns in all (512 2048)")
     parser.add_argument("--per-layer", type=int, nargs="+", default=[64, 256], help="dattri's LoGra (64 256)")
-    parser.add_argument("--batch-size", type=int, default=32, help="sequences per batch, for all (%(default)s)")
-    parser.add_argument("--threads", type=int, help="torch's threads in every process (torch's own choice)")
     parser.add_argument("--repeats", type=int, default=3, help="of byline and the plain pass (%(default)s)")
     parser.add_argument("--out", type=Path, help="where models and bank are kept (runs/SETTING)")
     parser.add_argument("--only", nargs="+", help="contestants whose name contains one of these")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return work(options.worker)

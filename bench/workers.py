@@ -43,6 +43,24 @@ Once = Callable[[], "tuple[Callable[[], Any], Callable[[], Any]]"]
 # The parent
 
 
+def parser_of(doc: str | None, example: str, batch_size: int) -> argparse.ArgumentParser:
+    """What every comparison with the peers takes on its command line."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"Example:  .venv/bin/python bench/{example}",
+    )
+    parser.add_argument("--setup", action="store_true", help="make the peers' environment first, or what it lacks")
+    parser.add_argument("--venv", type=Path, default=VENV, help="the peers' environment (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="examples per batch, for all (%(default)s)")
+    parser.add_argument("--threads", type=int, help="torch's threads in every process (torch's own choice)")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
 def setup(venv: Path) -> None:
     """The documented setup of the peers' environment; what is there already stays."""
     if not (venv / "bin" / "python").exists():

@@ -476,7 +476,7 @@ def test_upkeep_of_nothing_is_one_sentence(tmp_path):
         assert "no store at" in result.output
 
 
-@pytest.mark.parametrize("features", ["exact", "factorized:16", "nystrom:10"])
+@pytest.mark.parametrize("features", ["exact", "factorized:16", "nystrom:10", "low-rank:2"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_an_estimate_knows_the_bytes_beforehand(tmp_path, features, dtype):
     from byline.cli_store import _features
@@ -492,6 +492,16 @@ def test_an_estimate_knows_the_bytes_beforehand(tmp_path, features, dtype):
     assert (found.members, found.examples) == (6, 60)
     assert found.flops > 0
     assert found.seconds > 0
+
+
+@pytest.mark.parametrize("features", [byline.Exact(), byline.LowRank(1), byline.LowRank(64), byline.Factorized(16)])
+def test_an_estimate_counts_a_kernel_where_trak_forms_one(features):
+    from byline.engines.estimate import estimate
+
+    ensemble = byline.Independent([net(0)])
+    found = estimate(byline.Task(net(0)), ensemble, data(), features=features)
+    trak = byline.TRAK(byline.Task(net(0)), ensemble, features=features, damping=1.0, progress=False).fit(data())
+    assert (found.kernel == 0) == trak._in_primal(trak._voters[0])
 
 
 def test_estimates_on_the_command_line():
