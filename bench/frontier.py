@@ -122,6 +122,8 @@ STRATEGIES = (
     Strategy("independent 5", 5, paper=True),
     Strategy("independent 10", 10, paper=True),
     Strategy("independent 25", 25, paper=True),
+    Strategy("10 full runs, int8", 10, dtype="int8"),
+    Strategy("25 full runs, int8", 25, dtype="int8"),
     Strategy("dropout 1×10", change="dropout", each=10, options=ONE, paper=True),
     Strategy("dropout 5×5", 5, change="dropout", each=5, options=MANY, paper=True),
     Strategy("forward-only 1×10", change="forward-only", each=10, options=ONE, paper=True),
@@ -155,6 +157,9 @@ STRATEGIES = (
     Strategy("1 short run, int8", 1, "short", dtype="int8"),
     Strategy("3 checkpoints of a short run, int8", 1, "short", 3, dtype="int8"),
     Strategy("5 checkpoints of a short run, int8", 1, "short", 5, dtype="int8"),
+    Strategy("3 checkpoints each of 2 short runs, int8", 2, "short", 3, dtype="int8"),
+    Strategy("5 checkpoints each of 2 short runs, int8", 2, "short", 5, dtype="int8"),
+    Strategy("short halves 4, 3 checkpoints each, int8", 4, "short", 3, parts=2, dtype="int8"),
     Strategy("1 short run, 1024 columns, int8", 1, "short", columns=1024, dtype="int8"),
     Strategy("1 short run, rank 32, int8", 1, "short", rank=32, dtype="int8"),
     Strategy("1 short run, rank 128, int8", 1, "short", rank=128, dtype="int8"),
@@ -476,7 +481,17 @@ def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values)
 
 
-def report(out: Path, setting_name: str, ceiling: float | None, output: str | None = None) -> None:
+def published(setting_name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, and those that the package has of other strategies, in the order of the strategies."""
+    path = PUBLISHED / f"{setting_name}.json"
+    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    every = {row["name"]: row for row in (*earlier, *rows)}
+    return [every[strategy.name] for strategy in STRATEGIES if strategy.name in every]
+
+
+def report(
+    out: Path, setting_name: str, ceiling: float | None, output: str | None = None, earlier: bool = False
+) -> None:
     """The table, ``frontier.json`` and the Pareto fronts, ``frontier.html``.
 
     Args:
@@ -484,8 +499,11 @@ def report(out: Path, setting_name: str, ceiling: float | None, output: str | No
         setting_name: Of what.
         ceiling: The bank's.
         output: The setting's output, to keep the result in the package.
+        earlier: Beside the records, the rows that the package has of other strategies.
     """
     result = summary(out)
+    if earlier:
+        result["rows"] = published(setting_name, result["rows"])
     role = "defaults are CHOSEN on it" if setting_name in CHOSEN_ON else "defaults are JUDGED on it"
     result |= {"format": FORMAT, "setting": setting_name, "role": role, "ceiling": ceiling}
     rows = [row for row in result["rows"] if row["refused"] is None]
@@ -592,6 +610,7 @@ def main() -> None:
     parser.add_argument("--other-bank", action="store_true", help="a second ground truth beside the setting's own")
     parser.add_argument("--again", action="store_true", help="make records that are there again")
     parser.add_argument("--publish", action="store_true", help="keep the result in the package, for byline recommend")
+    parser.add_argument("--earlier", action="store_true", help="show and keep published rows without records here too")
     parser.add_argument("--table", action="store_true", help="only show what is there")
     options = parser.parse_args()
     out = options.out or ROOT / "runs" / "frontier" / options.setting
@@ -602,7 +621,7 @@ def main() -> None:
     path = out / f"bank-{shop.key(part='bank', recipe=asdict(setting.bank_recipe))}.safetensors"
     ceiling = noise_ceiling(byline.Bank.load(path))[1] if path.exists() else None
     output = setting.task().name if options.publish else None
-    report(out, options.setting, None if ceiling is None or math.isnan(ceiling) else ceiling, output)
+    report(out, options.setting, None if ceiling is None or math.isnan(ceiling) else ceiling, output, options.earlier)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from threadpoolctl import threadpool_limits
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common import ROOT, alternated, environment, median, save, seconds, table
@@ -293,6 +295,7 @@ def main() -> None:
 
     if options.threads:
         torch.set_num_threads(options.threads)
+        threadpool_limits(options.threads)  # numpy's, which scores float32
     options.threads = torch.get_num_threads()
     about = environment()
     with tempfile.TemporaryDirectory(prefix="byline-serving-", dir=options.folder) as folder:

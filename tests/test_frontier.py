@@ -72,6 +72,17 @@ def test_a_killed_run_goes_on_and_the_table_needs_no_models(setting, tmp_path, c
     assert (tmp_path / "frontier.html").stat().st_size > 10**5
 
 
+def test_published_rows_stay_where_there_are_no_records():
+    new = {"name": "independent 5", "seeds": 99}
+    rows = frontier.published("digits-mlp", [new])
+    names = [row["name"] for row in rows]
+    assert new in rows and names.count("independent 5") == 1, "a record replaces what was published"
+    assert {"independent 1", "short halves 6"} <= set(names)
+    order = [strategy.name for strategy in frontier.STRATEGIES]
+    assert names == sorted(names, key=order.index)
+    assert frontier.published("a setting of mine", [new]) == [new]
+
+
 def test_what_a_setting_refuses_is_a_row_that_says_so(setting, tmp_path, monkeypatch):
     def refuse(*_):
         raise ValueError("no dropout here")

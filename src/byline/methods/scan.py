@@ -169,7 +169,12 @@ def _packed_dots(vectors: Vectors, packed: Any) -> Tensor:
 
 def _matrix_product(vectors: Tensor, rows: Tensor) -> Tensor:
     # one vector is a matrix-vector product, which BLAS reads faster than a product with a thin matrix
-    return (rows @ vectors[0]).unsqueeze(0) if len(vectors) == 1 else vectors @ rows.T
+    if len(vectors) > 1:
+        return vectors @ rows.T
+    if rows.device.type != "cpu":
+        return (rows @ vectors[0]).unsqueeze(0)
+    # numpy's BLAS reads with every thread, where torch's has one for this product on some processors
+    return torch.from_numpy(rows.numpy() @ vectors[0].numpy()).unsqueeze(0)
 
 
 def _blocks(rows: Tensor) -> Iterator[Tensor]:
