@@ -9,6 +9,8 @@ killed at any time. Trained models and the bank lie beside them. ``--table`` rea
 Defaults are CHOSEN on digits-mlp, and on cancer-mlp and diabetes-mlp of ``bench/damping.py``, which ``--setting`` takes
 too; all other settings JUDGE them, and nothing of the library is to be set after a look at those. ``--other-bank``
 holds the same scores against a second ground truth too: subsets of a quarter instead of a half, other seeds.
+``--other-class`` asks about another output instead, the margin of a class that is not the label, with a ground truth
+of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import TensorDataset
 
 import byline
 from byline import settings
@@ -375,6 +378,7 @@ def run(options: argparse.Namespace, setting: Any, out: Path) -> None:
     if options.other_bank:
         truths.append(shop.bank(other_recipe(setting)))
     asked = {"format": FORMAT, "hessians": options.hessians, "banks": len(truths)}
+    models = (out.parent if options.other_class else out) / "frontier-models"  # the training set is the same
     work = [(s, seed) for seed in range(options.seeds) for s in chosen(options, setting)]
     done, spent = 0, 0.0
     for number, (strategy, seed) in enumerate(work, 1):
@@ -384,7 +388,7 @@ def run(options: argparse.Namespace, setting: Any, out: Path) -> None:
             continue
         start = time.perf_counter()
         try:
-            trainers = Trainers(setting, out / "frontier-models", seed)
+            trainers = Trainers(setting, models, seed)
             made = measure(strategy, setting, trainers, truths, options.hessians)
         except (ValueError, TypeError) as error:
             # a model without dropout, a task without Q: the table says so
@@ -397,6 +401,16 @@ def run(options: argparse.Namespace, setting: Any, out: Path) -> None:
         left = spent / done * (len(work) - number) / 60
         place = f"{number} of {len(work)}: {strategy.name}, seed {seed}"
         tell(f"{place}: {said} ({taken:.0f} s; about {left:.0f} min left)")
+
+
+def other_class(setting: Setting) -> Setting:
+    """The setting asked about a class that is not the label, drawn for each test example; 100 subsets × 2 models."""
+    x, y = setting.test_set.tensors
+    classes = int(setting.train_set.tensors[1].max()) + 1
+    shift = torch.randint(1, classes, (len(y),), generator=torch.Generator().manual_seed(0))
+    asked = TensorDataset(x, (y + shift) % classes)
+    recipe = replace(setting.bank_recipe, subsets=100, seeds=2, seed=setting.bank_recipe.seed + 2)
+    return replace(setting, load=lambda: (setting.train_set, asked), bank_recipe=recipe)
 
 
 def other_recipe(setting: Any) -> Any:
@@ -608,6 +622,9 @@ def main() -> None:
     parser.add_argument("--max-runs", type=int, default=0, help="leave out strategies of more training runs")
     parser.add_argument("--hessians", nargs="*", default=["unweighted", "weighted"])
     parser.add_argument("--other-bank", action="store_true", help="a second ground truth beside the setting's own")
+    parser.add_argument(
+        "--other-class", action="store_true", help="explain the margin of a class that is not the label; 100 subsets"
+    )
     parser.add_argument("--again", action="store_true", help="make records that are there again")
     parser.add_argument("--publish", action="store_true", help="keep the result in the package, for byline recommend")
     parser.add_argument("--earlier", action="store_true", help="show and keep published rows without records here too")
@@ -615,6 +632,10 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out or ROOT / "runs" / "frontier" / options.setting
     setting = setting_of(options.setting)
+    if options.other_class:
+        if options.publish:
+            raise SystemExit("--publish keeps the figures of a setting; with --other-class it is another one")
+        setting, out = other_class(setting), out / "other-class"
     if not options.table:
         run(options, setting, out)
     shop = Workshop(setting, out, lambda sentence: None, progress=False)

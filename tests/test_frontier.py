@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import byline
 import reference as ref
@@ -26,7 +27,15 @@ def setting():
 
 
 def options(**given):
-    plain = {"seeds": 1, "only": None, "max_members": 0, "max_runs": 0, "again": False, "other_bank": False}
+    plain = {
+        "seeds": 1,
+        "only": None,
+        "max_members": 0,
+        "max_runs": 0,
+        "again": False,
+        "other_bank": False,
+        "other_class": False,
+    }
     return SimpleNamespace(**{**plain, "hessians": ["unweighted", "weighted"], **given})
 
 
@@ -96,3 +105,14 @@ def test_what_a_setting_refuses_is_a_row_that_says_so(setting, tmp_path, monkeyp
 def test_strategies_have_names_of_their_own():
     assert len({s.slug for s in frontier.STRATEGIES}) == len(frontier.STRATEGIES)
     assert np.all([s.paper for s in frontier.STRATEGIES if s.name.startswith(("independent", "LoRA", "forward"))])
+
+
+def test_other_class_asks_about_no_label_and_trains_on_the_same(setting):
+    other = frontier.other_class(setting)
+    x, y = setting.test_set.tensors
+    again, asked = other.test_set.tensors
+    assert torch.equal(again, x)
+    assert not bool((asked == y).any())
+    assert torch.equal(frontier.other_class(setting).test_set.tensors[1], asked)
+    assert all(torch.equal(a, b) for a, b in zip(other.train_set.tensors, setting.train_set.tensors, strict=True))
+    assert (other.bank_recipe.subsets, other.bank_recipe.seed) == (100, setting.bank_recipe.seed + 2)
