@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 import byline
 import reference as ref
 from architectures import CASES, Net, arrays, ids, vectors
+from byline.features import preconditioned
+from byline.features.blocks import Lookup, Outer
 from conftest import build
 
 KINDS = ["mlp", "tokens-mlp", "conv2d-groups", "embedding-padding", "tied-head", "gru", "layer-norm"]
@@ -348,6 +350,7 @@ FEATURES = {
     "low-rank": byline.LowRank(2),
     "pca": byline.Factorized(64, "pca"),
     "dense": byline.Dense(4),
+    "preconditioned": byline.Preconditioned(byline.Exact()),
 }
 # the eigenvectors of the convolution's 1801 inputs would take seconds; the random basis has the same path
 NARROW = [(name, kind) for name in WIDE for kind in FEATURES if (name, kind) != ("conv", "pca")]
@@ -369,6 +372,101 @@ def test_never_a_gradient_per_example(name, features):
     else:
         # calibration holds three examples against autograd
         assert watch.numel < 8 * size < n * size
+
+
+def metric(model, gradients, power):
+    """Per parameter, what its gradient is multiplied by: r^(-power/2) and c^(-power/2), of a weight with its bias."""
+    named, out = dict(model.named_parameters()), {}
+    for prefix, module in model.named_modules():
+        own = {n: f"{prefix}.{n}".lstrip(".") for n, _ in module.named_parameters(recurse=False)}
+        if not own or any(n in out for n in own.values()):
+            continue
+        parts = {n: gradients[full].reshape(len(gradients[full]), *named[full].shape) for n, full in own.items()}
+        if not isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            out.update({own[n]: _powered((g**2).sum(0), power) for n, g in parts.items()})
+            continue
+        groups = getattr(module, "groups", 1)
+        weight = parts["weight"].reshape(len(parts["weight"]), groups, -1, np.prod(named[own["weight"]].shape[1:]))
+        if "bias" in parts:
+            weight = np.concatenate([weight, parts["bias"].reshape(*weight.shape[:3], 1)], 3)
+        v = (weight**2).sum(0)
+        rows, columns = v.sum(2), v.sum(1)
+        scale = _powered(rows, power)[:, :, None] * _powered(columns / columns.sum(1, keepdims=True), power)[:, None]
+        inside = scale[..., :-1] if "bias" in parts else scale
+        out[own["weight"]] = inside.reshape(named[own["weight"]].shape)
+        if "bias" in parts:
+            out[own["bias"]] = scale[..., -1].reshape(named[own["bias"]].shape)
+    return np.concatenate([out[n].reshape(-1) for n in named])
+
+
+def _powered(moment, power):
+    return np.maximum(moment, 1e-4 * moment.mean()) ** (-power / 2)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@pytest.mark.parametrize("name", ["mlp", "tokens-mlp", "conv2d-groups", "embedding-padding", "layer-norm"])
+def test_preconditioned_divides_by_factored_second_moments(name, power):
+    made = build(name)
+    values_of = getattr(ref, made.task.name.replace("-", "_"))
+    train, test = (ref.side(made.model, data, values_of) for data in (made.train, made.test))
+    sizes = {n: p.numel() for n, p in made.model.named_parameters()}
+    cuts = np.split(train.output, np.cumsum(list(sizes.values()))[:-1], axis=1)
+    scale = metric(made.model, dict(zip(sizes, cuts, strict=True)), power)
+    before = (train.output**2).sum()
+    for one in (train, test):
+        one.output = one.output * scale
+    expected = ref.trak([test], [train], 0.3)
+    features = byline.Preconditioned(byline.Exact(), power)
+    ref.assert_close(values(made, features, byline.TRAK, damping=0.3), expected, 1e-3)
+    own = byline.TRAK(made.task, byline.Independent([made.model]), features=features, damping=0.3, progress=False)
+    rows = own.fit(made.train).store.features(next(iter(own.store.manifest.features))).read(0, len(made.train))
+    # factored moments are the true ones on the whole, and gradients keep their length about
+    assert 0.3 < float(features.diagonal(rows, rows).sum()) / before < 3
+
+
+@pytest.mark.parametrize("features", [*FEATURES.values()][:-1], ids=repr)
+def test_preconditioned_nests_with_all_features(features):
+    made = build("tokens-mlp")
+    plain = values(made, features, byline.TRAK, damping=0.3)
+    ref.assert_close(values(made, byline.Preconditioned(features, 0), byline.TRAK, damping=0.3), plain, 1e-4)
+    changed = byline.Preconditioned(features)
+    assert error(values(made, changed, byline.TRAK, damping=0.3), plain) > 1e-2
+    assert (changed.linear, changed.dtype) == (features.linear, features.dtype)
+    assert eval(repr(changed), vars(byline)).describe() == changed.describe()
+
+
+@pytest.mark.parametrize("numbers", [2**24, 1])
+@pytest.mark.parametrize("positions", [1, 2, 9])
+@pytest.mark.parametrize(("groups", "shared"), [(1, False), (3, False), (3, True)])
+def test_second_moments_of_factors_are_those_of_gradients(numbers, positions, groups, shared, monkeypatch):
+    monkeypatch.setattr(preconditioned, "_NUMBERS", numbers)
+    torch.manual_seed(0)
+    left, right = torch.randn(7, groups, positions, 4), torch.randn(7, 1 if shared else groups, positions, 5)
+    square = torch.einsum("bgto,bgti->bgoi", left, right.expand(-1, groups, -1, -1)).double().square().sum(0)
+    rows, columns = preconditioned._second_moments(Outer(("w",), left, right))
+    torch.testing.assert_close(rows, square.sum(2), rtol=1e-5, atol=0)
+    across = square.sum(1)
+    torch.testing.assert_close(columns, across.sum(0, keepdim=True) if shared else across, rtol=1e-5, atol=0)
+    ids = torch.randint(3, (7, positions))
+    looked_up = Lookup(("w",), ids, right[:, 0], 3)
+    square = looked_up.rows().double().square().sum(0).unflatten(0, (3, 5))
+    each, across = preconditioned._second_moments(looked_up)
+    torch.testing.assert_close(each, square.sum(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(across, square.sum(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        (("exact",), TypeError, "features is a str; expected byline's"),
+        ((byline.Exact(), 1.5), ValueError, "power is 1.5; expected a number from 0 to 1"),
+        ((byline.Exact(), True), ValueError, "power is True"),
+        ((byline.Preconditioned(byline.Exact()),), ValueError, "preconditioned already"),
+    ],
+)
+def test_preconditioned_checks_its_arguments(arguments, error, said):
+    with pytest.raises(error, match=said):
+        byline.Preconditioned(*arguments)
 
 
 @pytest.mark.parametrize("arguments", [{"dim": 0}, {"dim": 2.0}, {"dim": True}])

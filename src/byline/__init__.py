@@ -28,7 +28,7 @@ from byline.evaluate.overlap import topk_overlap
 from byline.evaluate.removal import brittleness, removal_curve
 from byline.evaluate.retraining import Bank, retrain
 from byline.evaluate.settled import settled
-from byline.features import Dense, Exact, Factorized, LowRank, Nystrom
+from byline.features import Dense, Exact, Factorized, LowRank, Nystrom, Preconditioned
 from byline.ledger import Ledger
 from byline.methods import (
     TRAK,
@@ -77,6 +77,7 @@ __all__ = [
     "LowRank",
     "Measure",
     "Nystrom",
+    "Preconditioned",
     "Random",
     "Ranking",
     "Recipe",

@@ -6,5 +6,6 @@ from byline.features.exact import Exact
 from byline.features.factorized import Factorized
 from byline.features.lowrank import LowRank
 from byline.features.nystrom import Nystrom
+from byline.features.preconditioned import Preconditioned
 
-__all__ = ["Dense", "Exact", "Factorized", "Features", "LowRank", "Nystrom"]
+__all__ = ["Dense", "Exact", "Factorized", "Features", "LowRank", "Nystrom", "Preconditioned"]

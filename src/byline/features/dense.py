@@ -42,6 +42,9 @@ class Dense(Features):
         """Kind, columns, projection and seed."""
         return {"kind": "dense", "dim": self.dim, "projection": self.kind_of, "seed": self.seed, "dtype": self.dtype}
 
+    def __repr__(self) -> str:
+        return super().__repr__().replace("projection=", "kind=")
+
     def rows(self, blocks: dict[str, Block], state: State) -> Rows:
         """(B, dim)."""
         out: Tensor | None = None
