@@ -46,6 +46,8 @@ from common import ROOT, environment, table
 FORMAT = 1
 CHOSEN_ON = ("digits-mlp", "cancer-mlp", "diabetes-mlp")
 PUBLISHED = ROOT / "src" / "byline" / "settings" / "measured"
+ADAM: dict[str, Any] = {"columns": 20000, "dtype": "int8", "preconditioned": True}
+"""Few columns keep little of gradients whose directions all count about alike."""
 ADAPTERS = {"rank": 8, "epochs": 3, "lr": 1e-3}
 
 
@@ -66,6 +68,7 @@ class Strategy:
         columns: Of a basis of principal components; 0 for the setting's own features.
         rank: Of `byline.LowRank` features instead, and then of ``columns`` of their products; 0 for others.
         dtype: What the rows are kept as.
+        preconditioned: Whether the features are those of gradients in Adam's metric, `byline.Preconditioned`.
         validation: The share that is held out to stop each run.
         paper: Whether it is in arXiv 2405.17293.
     """
@@ -84,9 +87,14 @@ class Strategy:
     paper: bool = False
     rank: int = 0
     dtype: str = "float32"
+    preconditioned: bool = False
 
     def features(self, setting: Any) -> Any:
         """Its own, or the setting's."""
+        found = self._plain(setting)
+        return byline.Preconditioned(found) if self.preconditioned else found
+
+    def _plain(self, setting: Any) -> Any:
         if self.rank:
             return byline.LowRank(self.rank, self.columns or None, dtype=self.dtype)
         if self.columns:
@@ -97,7 +105,7 @@ class Strategy:
 
     def key(self) -> dict[str, Any]:
         """What a record of it is found by; fields that came later count where they are used."""
-        later = {"rank": 0, "dtype": "float32"}
+        later = {"rank": 0, "dtype": "float32", "preconditioned": False}
         return {name: value for name, value in asdict(self).items() if later.get(name) != value}
 
     @property
@@ -163,6 +171,13 @@ STRATEGIES = (
     Strategy("3 checkpoints each of 2 short runs, int8", 2, "short", 3, dtype="int8"),
     Strategy("5 checkpoints each of 2 short runs, int8", 2, "short", 5, dtype="int8"),
     Strategy("short halves 4, 3 checkpoints each, int8", 4, "short", 3, parts=2, dtype="int8"),
+    Strategy("1 full run, 20000 columns, int8", columns=20000, dtype="int8"),
+    Strategy("1 full run, Adam's metric", **ADAM),
+    Strategy("5 full runs, Adam's metric", 5, **ADAM),
+    Strategy("4 checkpoints of a full run, Adam's metric", 1, "full", 4, **ADAM),
+    Strategy("5 checkpoints of a short run, Adam's metric", 1, "short", 5, **ADAM),
+    Strategy("short halves 2, Adam's metric", 2, "short", parts=2, **ADAM),
+    Strategy("short halves 2, 5 checkpoints each, Adam's metric", 2, "short", 5, parts=2, **ADAM),
     Strategy("1 short run, 1024 columns, int8", 1, "short", columns=1024, dtype="int8"),
     Strategy("1 short run, rank 32, int8", 1, "short", rank=32, dtype="int8"),
     Strategy("1 short run, rank 128, int8", 1, "short", rank=128, dtype="int8"),

@@ -218,13 +218,18 @@ def _code(strategy: Mapping[str, Any], features: str, hessian: str, residual: st
     method = ["task", "ensemble"]
     # measurements of before there were ranks and dtypes have neither
     kept = f', dtype="{dtype}"' if (dtype := strategy.get("dtype", "float32")) != "float32" else ""
+    made = ""
     if strategy.get("rank"):
         some = f", columns={strategy['columns']}" if strategy["columns"] else ""
-        method.append(f"features=byline.LowRank({strategy['rank']}{some}{kept})")
+        made = f"byline.LowRank({strategy['rank']}{some}{kept})"
     elif strategy["columns"]:
-        method.append(f'features=byline.Factorized({strategy["columns"]}, basis="pca"{kept})')
-    elif kept or features != "Exact()":
-        method.append(f"features=byline.{features[:-1]}{kept if features[-2] != '(' else kept.lstrip(', ')})")
+        made = f'byline.Factorized({strategy["columns"]}, basis="pca"{kept})'
+    elif kept or features != "Exact()" or strategy.get("preconditioned"):
+        made = f"byline.{features[:-1]}{kept if features[-2] != '(' else kept.lstrip(', ')})"
+    if made:
+        method.append(
+            f"features=byline.Preconditioned({made})" if strategy.get("preconditioned") else f"features={made}"
+        )
     method += [f'hessian="{hessian}"'] if hessian != "unweighted" else []
     method += [f'residual="{residual}"'] if residual != "mean" else []
     lines.append(f"attributor = byline.TRAK({', '.join(method)}).fit(train_set)")
