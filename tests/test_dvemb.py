@@ -276,7 +276,11 @@ def test_the_primal_is_the_dual(monkeypatch):
     assert (one != two).any()
 
 
-@pytest.mark.parametrize("features", [byline.Nystrom(8), byline.LowRank(2), byline.Factorized(20, "pca")], ids=repr)
+@pytest.mark.parametrize(
+    "features",
+    [byline.Nystrom(8), byline.LowRank(2), byline.Factorized(20, "pca"), byline.Preconditioned(byline.Exact())],
+    ids=repr,
+)
 def test_a_basis_per_checkpoint_is_refused(features):
     made = build("mlp")
     with pytest.raises(ValueError, match=r"whose basis differs from checkpoint to checkpoint; DVEmb takes"):

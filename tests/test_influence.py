@@ -529,6 +529,11 @@ def test_projected_features_at_full_width_are_the_explicit_fisher(mlp):
     wide = scores(mlp.task, mlp.train, mlp.test, features=byline.Factorized(10**4), **arguments)
     ref.assert_close(wide, exact, 1e-3)
     narrow = scores(mlp.task, mlp.train, mlp.test, features=byline.Factorized(12), **arguments)
+    one, usual = (
+        scores(mlp.task, mlp.train, mlp.test, features=byline.Factorized(12), **{**arguments, "damping": damping})
+        for damping in (1.0, "auto")
+    )
+    assert np.array_equal(one, usual)
     assert narrow.shape == exact.shape
     assert np.isfinite(narrow).all()
 

@@ -75,6 +75,8 @@ def test_the_best_within_the_budget():
         ({"dtype": "int8"}, 'byline.Exact(dtype="int8")'),
         ({"rank": 32}, "byline.LowRank(32)"),
         ({"rank": 32, "columns": 9}, "byline.LowRank(32, columns=9)"),
+        ({"columns": 64, "preconditioned": True}, 'byline.Preconditioned(byline.Factorized(64, basis="pca"))'),
+        ({"preconditioned": True}, "byline.Preconditioned(byline.Exact())"),
     ],
 )
 def test_the_code_names_the_features(strategy, features):

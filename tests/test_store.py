@@ -34,6 +34,7 @@ FEATURES = [
     byline.Factorized(20, "pca"),
     byline.Nystrom(4),
     byline.LowRank(2),
+    byline.Preconditioned(byline.Factorized(16, "pca")),
     byline.Dense(8),
 ]
 

@@ -476,7 +476,7 @@ def test_upkeep_of_nothing_is_one_sentence(tmp_path):
         assert "no store at" in result.output
 
 
-@pytest.mark.parametrize("features", ["exact", "factorized:16", "nystrom:10", "low-rank:2"])
+@pytest.mark.parametrize("features", ["exact", "factorized:16", "nystrom:10", "low-rank:2", "adam:factorized:16"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_an_estimate_knows_the_bytes_beforehand(tmp_path, features, dtype):
     from byline.cli_store import _features

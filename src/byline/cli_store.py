@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from byline.features import Features
 
 store_app = typer.Typer(
@@ -111,7 +113,10 @@ def estimate(
     task: TaskAt = None,
     train: TrainAt = None,
     features: Annotated[
-        str, typer.Option(help="exact, low-rank:RANK, factorized:DIM, pca:DIM, nystrom:LANDMARKS or dense:DIM")
+        str,
+        typer.Option(
+            help="exact, low-rank:RANK, factorized:DIM, pca:DIM, nystrom:LANDMARKS or dense:DIM; adam: before any"
+        ),
     ] = "exact",
     dtype: Annotated[str, typer.Option(help="float32, float16 or int8")] = "float32",
     members: Annotated[int, typer.Option(min=1, help="Trained models.")] = 1,
@@ -168,11 +173,14 @@ def _features(text: str, dtype: str) -> Features:
         "low-rank": lambda n: byline.LowRank(n, dtype=dtype),
         "dense": lambda n: byline.Dense(n, dtype=dtype),
     }
+    if text.startswith("adam:"):
+        return byline.Preconditioned(_features(text.removeprefix("adam:"), dtype))
     if text == "exact":
         return byline.Exact(dtype=dtype)
     if name not in makers or not size.isdigit():
         raise ValueError(
-            f"--features is {text!r}; expected exact, or one of {', '.join(makers)} with :COLUMNS (low-rank: :RANK)"
+            f"--features is {text!r}; expected exact, or one of {', '.join(makers)} with :COLUMNS (low-rank: :RANK), "
+            "after adam: for those in Adam's metric"
         )
     return makers[name](int(size))
 
@@ -211,11 +219,23 @@ def _refit(place: str, task: Any, ensemble: Any, train: Any) -> None:
     import byline
     from byline.store import Store
 
-    kept = dict(Store(place).manifest.made_for["features"])
+    features = _as_kept(Store(place).manifest.made_for["features"])
+    ofs = {entry["of"] for entry in Store(place).manifest.features.values()}
+    method = byline.GradDot if ofs == {"loss"} else byline.TRAK
+    method(task, ensemble, features=features, damping=1.0, store=place, progress=False).fit(train)
+
+
+def _as_kept(described: Mapping[str, Any]) -> Features:
+    """The features of which a manifest says this."""
+    import byline
+
+    kept = dict(described)
     kind = kept.pop("kind")
+    if kind == "preconditioned":
+        return byline.Preconditioned(_as_kept(kept.pop("features")), **kept)
     if kind == "dense":
         kept["kind"] = kept.pop("projection")
-    classes = {
+    classes: dict[str, Callable[..., Features]] = {
         "exact": byline.Exact,
         "low-rank": byline.LowRank,
         "factorized": byline.Factorized,
@@ -224,10 +244,7 @@ def _refit(place: str, task: Any, ensemble: Any, train: Any) -> None:
     }
     if kind not in classes:
         raise ValueError(f"the store keeps {kind!r}, which --task cannot compute; fit the method itself again")
-    ofs = {entry["of"] for entry in Store(place).manifest.features.values()}
-    method = byline.GradDot if ofs == {"loss"} else byline.TRAK
-    features = classes[kind](**kept)
-    method(task, ensemble, features=features, damping=1.0, store=place, progress=False).fit(train)
+    return classes[kind](**kept)
 
 
 def _tell(report: Any, as_json: bool) -> None:
