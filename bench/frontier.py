@@ -46,8 +46,9 @@ from common import ROOT, environment, table
 FORMAT = 1
 CHOSEN_ON = ("digits-mlp", "cancer-mlp", "diabetes-mlp")
 PUBLISHED = ROOT / "src" / "byline" / "settings" / "measured"
-ADAM: dict[str, Any] = {"columns": 20000, "dtype": "int8", "preconditioned": True}
-"""Few columns keep little of gradients whose directions all count about alike."""
+WIDE: dict[str, Any] = {"columns": 20_000, "dtype": "int8"}
+"""2048 columns keep little of a transformer's gradients."""
+ADAM: dict[str, Any] = {**WIDE, "preconditioned": True}
 ADAPTERS = {"rank": 8, "epochs": 3, "lr": 1e-3}
 
 
@@ -171,7 +172,10 @@ STRATEGIES = (
     Strategy("3 checkpoints each of 2 short runs, int8", 2, "short", 3, dtype="int8"),
     Strategy("5 checkpoints each of 2 short runs, int8", 2, "short", 5, dtype="int8"),
     Strategy("short halves 4, 3 checkpoints each, int8", 4, "short", 3, parts=2, dtype="int8"),
-    Strategy("1 full run, 20000 columns, int8", columns=20000, dtype="int8"),
+    Strategy("1 full run, 20000 columns, int8", **WIDE),
+    Strategy("5 full runs, 20000 columns, int8", 5, **WIDE),
+    Strategy("25 full runs, 20000 columns, int8", 25, **WIDE),
+    Strategy("5 checkpoints of a short run, 20000 columns, int8", 1, "short", 5, **WIDE),
     Strategy("1 full run, Adam's metric", **ADAM),
     Strategy("5 full runs, Adam's metric", 5, **ADAM),
     Strategy("4 checkpoints of a full run, Adam's metric", 1, "full", 4, **ADAM),

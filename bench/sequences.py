@@ -37,6 +37,10 @@ def contestants(columns: list[int], per_layer: list[int]) -> list[dict[str, Any]
     for dim in columns:
         name = f"byline TRAK, Factorized({dim}, basis='pca')"
         found.append({"worker": "byline", "name": name, "method": "trak", "dim": dim, "basis": "pca"})
+    # the models are trained with AdamW; Adam's metric has no few leading directions
+    wide = {"dim": 20_000, "basis": "pca", "dtype": "int8"}
+    for title, more in (("Factorized(20000, 'pca', int8)", {}), ("the same in Adam's metric", {"adam": True})):
+        found.append({"worker": "byline", "name": f"byline TRAK, {title}", "method": "trak", **wide, **more})
     for count in ADAPTERS:
         name = f"byline TRAK of {count} adapter{'s' if count > 1 else ''}, Factorized({columns[0]})"
         found.append({"worker": "byline", "name": name, "method": "trak", "dim": columns[0], "adapters": count})
@@ -173,7 +177,9 @@ def _plain(job: dict[str, Any], setting: Any, model: Any) -> tuple[Once, Figures
 def _byline(job: dict[str, Any], setting: Any, model: Any) -> tuple[Once, Figures]:
     import byline
 
-    features = byline.Factorized(job["dim"], basis=job.get("basis", "random"))
+    features: Any = byline.Factorized(job["dim"], basis=job.get("basis", "random"), dtype=job.get("dtype", "float32"))
+    if job.get("adam"):
+        features = byline.Preconditioned(features)
     common: dict[str, Any] = {"features": features, "batch_size": job["batch_size"], "progress": False}
 
     ensemble: Any = byline.Independent([model])
