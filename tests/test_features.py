@@ -469,6 +469,50 @@ def test_preconditioned_checks_its_arguments(arguments, error, said):
         byline.Preconditioned(*arguments)
 
 
+@pytest.mark.parametrize("inner", [byline.Factorized(10**6), byline.Dense(6), byline.Nystrom(9)], ids=repr)
+def test_all_principal_components_are_the_features(inner):
+    made = build("mlp")
+    plain = values(made, inner, byline.TRAK, damping=0.3)
+    # the basis has half precision
+    ref.assert_close(values(made, byline.Principal(inner, 200), byline.TRAK, damping=0.3), plain, 3e-3)
+
+
+@pytest.mark.parametrize("name", ["mlp", "tokens-mlp", "conv2d-groups"])
+@pytest.mark.parametrize("wide", [2, 10**6])
+def test_principal_components_are_those_of_the_training_rows(name, wide):
+    made = build(name)
+    inner, found = byline.Dense(wide) if wide == 2 else byline.Factorized(wide), {}
+    for features in (inner, byline.Principal(inner, 2)):
+        attributor = byline.TRAK(
+            made.task, byline.Independent([made.model]), features=features, damping=1, progress=False
+        )
+        (key,) = attributor.fit(made.train).store.manifest.features
+        found[features] = attributor.store.features(key).read(0, len(made.train))["rows"].double()
+    whole, few = found.values()
+    assert few.shape == (len(made.train), 2)
+    values_of, vectors_of = torch.linalg.eigh(whole @ whole.T)
+    best = vectors_of[:, -2:] * values_of[-2:] @ vectors_of[:, -2:].T
+    torch.testing.assert_close(few @ few.T, best, rtol=3e-3, atol=3e-3 * float(best.abs().max()))
+
+
+def test_principal_nests_and_checks_its_arguments():
+    made = build("tokens-mlp")
+    around = byline.Preconditioned(byline.Principal(byline.Factorized(10**6), 5))
+    inside = byline.Principal(byline.Preconditioned(byline.Factorized(10**6)), 5)
+    one, two = (values(made, features, byline.TRAK, damping=0.3) for features in (around, inside))
+    ref.assert_close(one, two, 1e-5)
+    for features in (around, inside):
+        assert eval(repr(features), vars(byline)).describe() == features.describe()
+    with pytest.raises(TypeError, match="features is a int"):
+        byline.Principal(512)
+    with pytest.raises(ValueError, match=r"features is Exact\(\), whose rows are no vectors"):
+        byline.Principal(byline.Exact())
+    with pytest.raises(ValueError, match="principal components already"):
+        byline.Principal(byline.Principal(byline.Dense(4)))
+    with pytest.raises(ValueError, match="sample is 0"):
+        byline.Principal(byline.Dense(4), sample=0)
+
+
 @pytest.mark.parametrize("arguments", [{"dim": 0}, {"dim": 2.0}, {"dim": True}])
 @pytest.mark.parametrize("make", [byline.Dense, byline.Factorized])
 def test_dim_is_checked(make, arguments):

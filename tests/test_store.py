@@ -35,6 +35,7 @@ FEATURES = [
     byline.Nystrom(4),
     byline.LowRank(2),
     byline.Preconditioned(byline.Factorized(16, "pca")),
+    byline.Principal(byline.Factorized(16), 4),
     byline.Dense(8),
 ]
 

@@ -28,7 +28,7 @@ from byline.evaluate.overlap import topk_overlap
 from byline.evaluate.removal import brittleness, removal_curve
 from byline.evaluate.retraining import Bank, retrain
 from byline.evaluate.settled import settled
-from byline.features import Dense, Exact, Factorized, LowRank, Nystrom, Preconditioned
+from byline.features import Dense, Exact, Factorized, LowRank, Nystrom, Preconditioned, Principal
 from byline.ledger import Ledger
 from byline.methods import (
     TRAK,
@@ -78,6 +78,7 @@ __all__ = [
     "Measure",
     "Nystrom",
     "Preconditioned",
+    "Principal",
     "Random",
     "Ranking",
     "Recipe",

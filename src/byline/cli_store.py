@@ -231,8 +231,9 @@ def _as_kept(described: Mapping[str, Any]) -> Features:
 
     kept = dict(described)
     kind = kept.pop("kind")
-    if kind == "preconditioned":
-        return byline.Preconditioned(_as_kept(kept.pop("features")), **kept)
+    if kind in ("preconditioned", "principal"):
+        around = byline.Preconditioned if kind == "preconditioned" else byline.Principal
+        return around(_as_kept(kept.pop("features")), **kept)
     if kind == "dense":
         kept["kind"] = kept.pop("projection")
     classes: dict[str, Callable[..., Features]] = {

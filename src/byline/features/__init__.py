@@ -7,5 +7,6 @@ from byline.features.factorized import Factorized
 from byline.features.lowrank import LowRank
 from byline.features.nystrom import Nystrom
 from byline.features.preconditioned import Preconditioned
+from byline.features.principal import Principal
 
-__all__ = ["Dense", "Exact", "Factorized", "Features", "LowRank", "Nystrom", "Preconditioned"]
+__all__ = ["Dense", "Exact", "Factorized", "Features", "LowRank", "Nystrom", "Preconditioned", "Principal"]

@@ -74,7 +74,7 @@ class DVEmb(Attributor):
             raise ValueError("curvature is 'ggn', which DVEmb knows for regression alone; use curvature='fisher'")
         self.curvature = curvature
         made = self.features.describe()
-        if made["kind"] in ("nystrom", "low-rank", "preconditioned") or made.get("basis") == "pca":
+        if made["kind"] in ("nystrom", "low-rank", "preconditioned", "principal") or made.get("basis") == "pca":
             raise ValueError(
                 f"features is {self.features!r}, whose basis differs from checkpoint to checkpoint; DVEmb takes "
                 "byline.Exact(), byline.Dense(...) or byline.Factorized(...) with basis='random'"
