@@ -70,6 +70,7 @@ class Strategy:
         rank: Of `byline.LowRank` features instead, and then of ``columns`` of their products; 0 for others.
         dtype: What the rows are kept as.
         preconditioned: Whether the features are those of gradients in Adam's metric, `byline.Preconditioned`.
+        components: How many principal components of them are kept, `byline.Principal`; 0 for all columns.
         validation: The share that is held out to stop each run.
         paper: Whether it is in arXiv 2405.17293.
     """
@@ -89,11 +90,14 @@ class Strategy:
     rank: int = 0
     dtype: str = "float32"
     preconditioned: bool = False
+    components: int = 0
 
     def features(self, setting: Any) -> Any:
         """Its own, or the setting's."""
         found = self._plain(setting)
-        return byline.Preconditioned(found) if self.preconditioned else found
+        if self.preconditioned:
+            found = byline.Preconditioned(found)
+        return byline.Principal(found, self.components, dtype=self.dtype) if self.components else found
 
     def _plain(self, setting: Any) -> Any:
         if self.rank:
@@ -106,7 +110,7 @@ class Strategy:
 
     def key(self) -> dict[str, Any]:
         """What a record of it is found by; fields that came later count where they are used."""
-        later = {"rank": 0, "dtype": "float32", "preconditioned": False}
+        later = {"rank": 0, "dtype": "float32", "preconditioned": False, "components": 0}
         return {name: value for name, value in asdict(self).items() if later.get(name) != value}
 
     @property
@@ -180,6 +184,8 @@ STRATEGIES = (
     Strategy("5 full runs, Adam's metric", 5, **ADAM),
     Strategy("4 checkpoints of a full run, Adam's metric", 1, "full", 4, **ADAM),
     Strategy("5 checkpoints of a short run, Adam's metric", 1, "short", 5, **ADAM),
+    Strategy("1 full run, 512 components in Adam's metric", components=512, **ADAM),
+    Strategy("5 checkpoints of a short run, 512 components in Adam's metric", 1, "short", 5, components=512, **ADAM),
     Strategy("short halves 2, Adam's metric", 2, "short", parts=2, **ADAM),
     Strategy("short halves 2, 5 checkpoints each, Adam's metric", 2, "short", 5, parts=2, **ADAM),
     Strategy("1 short run, 1024 columns, int8", 1, "short", columns=1024, dtype="int8"),

@@ -495,6 +495,14 @@ def test_principal_components_are_those_of_the_training_rows(name, wide):
     torch.testing.assert_close(few @ few.T, best, rtol=3e-3, atol=3e-3 * float(best.abs().max()))
 
 
+def test_a_basis_takes_half_the_bytes_in_the_store():
+    made = build("mlp")
+    features = byline.Principal(byline.Factorized(10**6), 3)
+    attributor = byline.GradDot(made.task, byline.Independent([made.model]), features=features, progress=False)
+    (key,) = attributor.fit(made.train).store.manifest.state
+    assert attributor.store.state(key)["basis"].dtype == torch.float16
+
+
 def test_principal_nests_and_checks_its_arguments():
     made = build("tokens-mlp")
     around = byline.Preconditioned(byline.Principal(byline.Factorized(10**6), 5))

@@ -443,7 +443,9 @@ class Store:
     def _put_tensors(self, key: str, state: dict[str, Tensor]) -> dict[str, Any]:
         out = {}
         for name, value in state.items():
-            array = plain(value).contiguous().numpy()
+            # a half precision that was chosen for its size stays
+            kept = value.detach().cpu() if value.dtype == torch.float16 else plain(value)
+            array = kept.contiguous().numpy()
             form = array.shape or (1,)
             spec = Spec(f"state/{key}/{_safe(name)}", form, tuple(max(1, s) for s in form), array.dtype.name)
             self._later(self._declare, spec, {"scalar": not array.shape})
