@@ -77,6 +77,10 @@ def test_the_best_within_the_budget():
         ({"rank": 32, "columns": 9}, "byline.LowRank(32, columns=9)"),
         ({"columns": 64, "preconditioned": True}, 'byline.Preconditioned(byline.Factorized(64, basis="pca"))'),
         ({"preconditioned": True}, "byline.Preconditioned(byline.Exact())"),
+        (
+            {"columns": 64, "components": 8, "dtype": "int8"},
+            'byline.Principal(byline.Factorized(64, basis="pca", dtype="int8"), 8, dtype="int8")',
+        ),
     ],
 )
 def test_the_code_names_the_features(strategy, features):

@@ -226,10 +226,11 @@ def _code(strategy: Mapping[str, Any], features: str, hessian: str, residual: st
         made = f'byline.Factorized({strategy["columns"]}, basis="pca"{kept})'
     elif kept or features != "Exact()" or strategy.get("preconditioned"):
         made = f"byline.{features[:-1]}{kept if features[-2] != '(' else kept.lstrip(', ')})"
-    if made:
-        method.append(
-            f"features=byline.Preconditioned({made})" if strategy.get("preconditioned") else f"features={made}"
-        )
+    if strategy.get("preconditioned"):
+        made = f"byline.Preconditioned({made})"
+    if strategy.get("components"):
+        made = f"byline.Principal({made}, {strategy['components']}{kept})"
+    method += [f"features={made}"] if made else []
     method += [f'hessian="{hessian}"'] if hessian != "unweighted" else []
     method += [f'residual="{residual}"'] if residual != "mean" else []
     lines.append(f"attributor = byline.TRAK({', '.join(method)}).fit(train_set)")
