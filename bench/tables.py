@@ -207,6 +207,7 @@ def frontier(result: dict[str, Any]) -> str:
     head = ["strategy", "trainings", "serving", "space", *(name for _, _, name in shown)]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     spread = []
+    most = max(row["seeds"] for row in rows)
     for row in rows:
         costs = [human_flops(row["serving"]), human_bytes(row["space"])]
         if naive is not None and row is not naive:
@@ -217,10 +218,12 @@ def frontier(result: dict[str, Any]) -> str:
             values = row[what].get(variant, [])
             spread += [statistics.stdev(values)] if len(values) > 1 else []
             cells.append(f"{statistics.fmean(values):.3f}" if values else "–")
-        lines.append(f"| {row['name']}{'*' * row['paper']} | {row['trainings']:.2f} | {' | '.join([*costs, *cells])} |")
-    seeds = sorted({row["seeds"] for row in rows})
-    said = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-    tail = f"Means over {said} of the ensembles; * is in the paper, W the weighted Hessian; shares are of five models'."
+        few = f" ({row['seeds']} seed{'s' * (row['seeds'] > 1)})" if row["seeds"] < most else ""
+        lines.append(
+            f"| {row['name']}{'*' * row['paper']}{few} | {row['trainings']:.2f} | {' | '.join([*costs, *cells])} |"
+        )
+    tail = f"Means over {most} seeds of the ensembles; * is in the paper, W the weighted Hessian; shares are of "
+    tail += "five models'."
     if spread:
         tail += f" Standard deviations over seeds: median {statistics.median(spread):.3f}, largest {max(spread):.3f}."
     tail += f" Noise ceiling {result['ceiling']:.2f}." if result["ceiling"] else ""
