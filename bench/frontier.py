@@ -521,10 +521,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def published(setting_name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, and those that the package has of other strategies, in the order of the strategies."""
+    """The rows, and what the package has of other strategies or from more seeds, in the order of the strategies."""
     path = PUBLISHED / f"{setting_name}.json"
     earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    every = {row["name"]: row for row in (*earlier, *rows)}
+    every = {row["name"]: row for row in earlier}
+    every |= {row["name"]: row for row in rows if row.get("seeds", 0) >= every.get(row["name"], row).get("seeds", 0)}
     return [every[strategy.name] for strategy in STRATEGIES if strategy.name in every]
 
 
@@ -538,7 +539,7 @@ def report(
         setting_name: Of what.
         ceiling: The bank's.
         output: The setting's output, to keep the result in the package.
-        earlier: Beside the records, the rows that the package has of other strategies.
+        earlier: Beside the records, the rows that the package has of other strategies or from more seeds.
     """
     result = summary(out)
     if earlier:

@@ -90,6 +90,8 @@ def test_published_rows_stay_where_there_are_no_records():
     assert {"independent 1", "short halves 6"} <= set(names)
     order = [strategy.name for strategy in frontier.STRATEGIES]
     assert names == sorted(names, key=order.index)
+    few = {"name": "independent 5", "seeds": 1}
+    assert few not in frontier.published("digits-mlp", [few]), "fewer seeds do not replace more"
     assert frontier.published("a setting of mine", [new]) == [new]
 
 
