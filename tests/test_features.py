@@ -495,6 +495,15 @@ def test_principal_components_are_those_of_the_training_rows(name, wide):
     torch.testing.assert_close(few @ few.T, best, rtol=3e-3, atol=3e-3 * float(best.abs().max()))
 
 
+def test_principal_components_of_nothing_are_nothing():
+    made = build("mlp")
+    zeros = {name: torch.zeros_like(value) for name, value in made.model.state_dict().items()}
+    task = byline.Task(made.model, lambda model, batch: 0 * model(batch[0]).sum(1))
+    for features in (byline.Principal(byline.Factorized(10**6), 3), byline.Preconditioned(byline.Factorized(64))):
+        attributor = byline.GradCos(task, byline.Independent([zeros]), features=features, progress=False)
+        assert not attributor.fit(made.train).attribute(made.test).values.any()
+
+
 def test_a_basis_takes_half_the_bytes_in_the_store():
     made = build("mlp")
     features = byline.Principal(byline.Factorized(10**6), 3)

@@ -78,8 +78,9 @@ class Principal(Features):
         else:
             values, vectors = torch.linalg.eigh((rows @ rows.T).double())
             # directions below the rounding of the rows' own dtype are noise, and whitening would blow them up
-            kept = min(self.dim, int((values > values[-1].clamp_min(0) * 1e-6).sum()))
-            left = (vectors * values.clamp_min(1e-300).rsqrt()).flip(1)[:, : max(1, kept)].to(rows)
+            kept = values > values[-1].clamp_min(0) * 1e-6
+            unit = vectors * torch.where(kept, values.clamp_min(1e-300).rsqrt(), 0.0)
+            left = unit.flip(1)[:, : max(1, min(self.dim, int(kept.sum())))].to(rows)
             basis = rows.T @ left
         return {**state, "basis": basis.to(_HALF)}
 
