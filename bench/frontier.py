@@ -187,6 +187,8 @@ STRATEGIES = (
     Strategy("1 full run, 512 components in Adam's metric", components=512, **ADAM),
     Strategy("5 checkpoints of a short run, 512 components in Adam's metric", 1, "short", 5, components=512, **ADAM),
     Strategy("short halves 2, Adam's metric", 2, "short", parts=2, **ADAM),
+    Strategy("10 checkpoints of a full run, Adam's metric", 1, "full", 10, **ADAM),
+    Strategy("5 checkpoints each of 2 short runs, Adam's metric", 2, "short", 5, **ADAM),
     Strategy("short halves 2, 5 checkpoints each, Adam's metric", 2, "short", 5, parts=2, **ADAM),
     Strategy("1 short run, 1024 columns, int8", 1, "short", columns=1024, dtype="int8"),
     Strategy("1 short run, rank 32, int8", 1, "short", rank=32, dtype="int8"),
