@@ -448,6 +448,8 @@ def test_second_moments_of_factors_are_those_of_gradients(numbers, positions, gr
     across = square.sum(1)
     torch.testing.assert_close(columns, across.sum(0, keepdim=True) if shared else across, rtol=1e-5, atol=0)
     ids = torch.randint(3, (7, positions))
+    for empty in (Outer(("w",), left[:, :, :0], right[:, :, :0]), Lookup(("w",), ids[:, :0], right[:, 0, :0], 3)):
+        assert not any(moment.any() for moment in preconditioned._second_moments(empty))
     looked_up = Lookup(("w",), ids, right[:, 0], 3)
     square = looked_up.rows().double().square().sum(0).unflatten(0, (3, 5))
     each, across = preconditioned._second_moments(looked_up)

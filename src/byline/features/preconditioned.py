@@ -170,7 +170,7 @@ def _second_moments(block: Block) -> list[Tensor]:
     i, shared = block.right.shape[3], block.right.shape[1] < groups
     whole = o * i <= positions**2
     rows, columns = block.left.new_zeros(groups, o).double(), block.left.new_zeros(block.right.shape[1], i).double()
-    step = max(1, _NUMBERS // (groups * min(o * i, positions**2)))
+    step = max(1, _NUMBERS // max(1, groups * min(o * i, positions**2)))
     for start, stop in batches.spans(len(block.left), step):
         left, right = block.left[start:stop].float(), block.right[start:stop].float()
         if whole:
@@ -187,12 +187,10 @@ def _second_moments(block: Block) -> list[Tensor]:
 
 def _of_lookup(block: Lookup) -> list[Tensor]:
     each, across = block.right.new_zeros(block.n).double(), block.right.new_zeros(block.right.shape[2]).double()
-    step = max(1, _NUMBERS // block.ids.shape[1] ** 2)
-    for start, stop in batches.spans(len(block.ids), step):
-        ids, right = block.ids[start:stop], block.right[start:stop].float()
-        # at every position the sum over all positions with its id: products with it give squares of sums
-        summed = (ids.unsqueeze(2) == ids.unsqueeze(1)).to(right.dtype) @ right
-        square = (summed * right).double()
-        each.scatter_add_(0, ids.flatten(), square.sum(2).flatten())
-        across += square.sum((0, 1))
-    return [each, across]
+    # the rows of a gradient are the sums over all positions of an example with the same id
+    keys = torch.arange(len(block.ids), device=block.ids.device).unsqueeze(1) * block.n + block.ids
+    found, place = torch.unique(keys, return_inverse=True)
+    rows = block.right.new_zeros(len(found), block.right.shape[2]).float()
+    square = rows.index_add_(0, place.flatten(), block.right.flatten(0, 1).float()).double().square()
+    each.scatter_add_(0, found % block.n, square.sum(1))
+    return [each, across + square.sum(0)]

@@ -26,7 +26,8 @@ class Principal(Features):
 
     A query is made wide first, and the basis (k × dim numbers of a half precision, k the wide columns) is kept for each
     member: it pays where there are more training examples than wide columns, or where queries are scored against very
-    many.
+    many. What of a query lies outside the components is gone: cosines are those of what remains, and `Influence`, whose
+    damping counts in mean eigenvalues of the columns, damps more with fewer of them.
 
     Args:
         features: wide ones that are vectors: `Factorized`, `Nystrom`, `Dense`, or `Preconditioned` around them.

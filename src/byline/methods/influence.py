@@ -144,7 +144,8 @@ class Influence(Attributor):
         if not isinstance(self.features, Exact) and not projected:
             raise ValueError(
                 f"features is {self.features!r}; Influence takes byline.Exact(), or features that are vectors "
-                "(byline.Factorized, byline.Nystrom, byline.Dense) with solver='explicit', curvature='fisher'"
+                "(byline.Factorized, byline.Nystrom, byline.Dense, byline.Principal) with solver='explicit', "
+                "curvature='fisher'"
             )
 
     # fitting
