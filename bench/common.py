@@ -137,6 +137,13 @@ def seconds(value: float) -> str:
     return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
 
 
+def spread(values: Sequence[float]) -> str:
+    """The mean over seeds, and the standard deviation where there are several."""
+    if not values:
+        return "-"
+    return f"{statistics.fmean(values):.3f}" + (f" ±{statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
 def environment() -> dict[str, Any]:
     import torch
 

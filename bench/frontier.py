@@ -41,7 +41,7 @@ from byline.settings.bench import plain
 from byline.settings.workshop import Workshop, save_json
 from byline.training.data import derive
 from byline.training.ensembles import spaced
-from common import ROOT, environment, table
+from common import ROOT, environment, spread, table
 
 FORMAT = 1
 CHOSEN_ON = ("digits-mlp", "cancer-mlp", "diabetes-mlp")
@@ -560,7 +560,7 @@ def report(
         names = [name for _, _, name in shown]
         body = []
         for row in rows:
-            cells = [_cell(row[what].get(f"{hessian} {residual}", [])) for hessian, residual, _ in shown]
+            cells = [spread(row[what].get(f"{hessian} {residual}", [])) for hessian, residual, _ in shown]
             costs = [f"{row['trainings']:.2f}", human_flops(row["serving"]), human_bytes(row["space"])]
             body.append([row["name"] + "*" * row["paper"], str(row["members"]), *costs, *cells])
         print(table(["strategy", "members", "trainings", "serving", "space", *names], body))
@@ -580,12 +580,6 @@ def report(
 
 def _rounded(text: str) -> float:
     return float(f"{float(text):.4g}")
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    return f"{_mean(values):.3f}" + (f" ±{statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 AXES: tuple[tuple[str, str, Callable[[dict[str, Any]], float]], ...] = (

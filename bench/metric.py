@@ -10,7 +10,6 @@ the diagonal of the Fisher information), of a fully trained model and of five ea
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import byline
 from byline import settings
 from byline.training import Recipe
-from common import environment, save, table
+from common import environment, save, spread, table
 
 RECIPES = {
     "SGD, momentum 0.9": None,
@@ -69,11 +68,6 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def cell(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -85,7 +79,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     rows = measure(options)
-    body = [[row["recipe"], row["voters"], *(cell(row["lds"][kind]) for kind in FEATURES)] for row in rows]
+    body = [[row["recipe"], row["voters"], *(spread(row["lds"][kind]) for kind in FEATURES)] for row in rows]
     print(table(["trained with", "voters", *FEATURES], body))
     if options.json:
         save(options.json, {"rows": rows, "environment": environment()})

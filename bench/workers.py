@@ -142,9 +142,13 @@ def run_one(
     job.write_text(json.dumps({**common, **contestant, "repeats": repeats}))
     for old in (out, scores):  # so that nobody is judged by what another left behind
         old.unlink(missing_ok=True)
-    interpreter = sys.executable if contestant["worker"] == "byline" else str(python)
+    interpreter = sys.executable if contestant["worker"] == "byline" else str(python.absolute())
     surroundings = {**os.environ, "OMP_NUM_THREADS": str(options.threads)} if options.threads else None
-    done = subprocess.run([interpreter, script, "--worker", str(job)], capture_output=True, text=True, env=surroundings)
+    # a peer leaves files where it runs
+    done = subprocess.run(
+        [interpreter, str(Path(script).resolve()), "--worker", str(Path(job).resolve())],
+        capture_output=True, text=True, env=surroundings, cwd=Path(job).parent,
+    )  # fmt: skip
     if done.returncode or not out.exists():
         lines = done.stderr.strip().splitlines()
         return {"error": lines[-1] if lines else f"exit code {done.returncode}", "stderr": lines[-20:]}

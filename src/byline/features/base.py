@@ -118,6 +118,11 @@ def seeded(seed: int, *path: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little"))
 
 
+def sampled(length: int, count: int, seed: int, name: str) -> list[int]:
+    """``count`` of ``length`` examples, in their order."""
+    return torch.randperm(length, generator=seeded(seed, name))[:count].sort().values.tolist()
+
+
 def check_dim(dim: Any, name: str = "dim") -> int:
     """A number of columns is an int of at least 1."""
     if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:

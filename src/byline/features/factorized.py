@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byline.features.base import Features, Passes, Rows, State, check_dim, check_dtype, seeded, widened
+from byline.features.base import Features, Passes, Rows, State, check_dim, check_dtype, sampled, seeded, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
 from byline.features.directions import product, strongest, used_positions
 
@@ -96,7 +96,7 @@ class Factorized(Features):
 
     def _pca(self, passes: Passes, length: int) -> State:
         count = min(length, _SAMPLE)
-        order = torch.randperm(length, generator=seeded(self.seed, "sample"))[:count].sort().values.tolist()
+        order = sampled(length, count, self.seed, "sample")
         moments: dict[str, Tensor] = {}
         groups: dict[str, int] = {}
         positions: dict[str, int] = {}

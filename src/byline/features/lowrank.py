@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byline.features.base import Passes, Rows, State, check_dim, check_dtype, seeded, widened
+from byline.features.base import Passes, Rows, State, check_dim, check_dtype, sampled, seeded, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
 from byline.features.directions import product, strongest, used_positions
 from byline.features.exact import Kernels
@@ -59,7 +59,7 @@ class LowRank(Kernels):
     def learn(self, passes: Passes, length: int) -> State:
         """The directions of every factor, which pairs count, and per block whether factors or product are kept."""
         count = min(length, _SAMPLE)
-        chosen = torch.randperm(length, generator=seeded(self.seed, "sample"))[:count].sort().values.tolist()
+        chosen = sampled(length, count, self.seed, "sample")
         sums: dict[str, Tensor] = {}
         sketches: State = {}
         state: State = {}

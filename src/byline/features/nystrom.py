@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from byline.features.base import Features, Passes, Rows, State, check_dim, check_dtype, seeded
+from byline.features.base import Features, Passes, Rows, State, check_dim, check_dtype, sampled
 from byline.features.blocks import Block
 from byline.features.exact import Exact
 
@@ -37,7 +37,7 @@ class Nystrom(Features):
     def learn(self, passes: Passes, length: int) -> State:
         """The landmarks' factors and the whitening matrix of their kernel."""
         count = min(self.landmarks, length)
-        chosen = torch.randperm(length, generator=seeded(self.seed, "landmarks"))[:count].sort().values.tolist()
+        chosen = sampled(length, count, self.seed, "landmarks")
         state = self.exact.learn(passes, length)
         parts = [self.exact.rows(blocks, state) for blocks in passes(chosen)]
         rows = {name: _join([part[name] for part in parts]) for name in parts[0]}

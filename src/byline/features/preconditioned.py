@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from byline import batches
-from byline.features.base import Features, Passes, Products, Rows, State, seeded
+from byline.features.base import Features, Passes, Products, Rows, State, sampled
 from byline.features.blocks import Block, Flat, Lookup, Outer
 
 _SAMPLE = 2048  # training examples whose gradients are squared
@@ -84,7 +84,7 @@ class Preconditioned(Features):
     def learn(self, passes: Passes, length: int) -> State:
         """The scales of every block's factors, and what the features learn from scaled ones."""
         count = min(length, _SAMPLE)
-        chosen = torch.randperm(length, generator=seeded(self.seed, "sample"))[:count].sort().values.tolist()
+        chosen = sampled(length, count, self.seed, "sample")
         moments: dict[str, list[Tensor]] = {}
         for blocks in passes(chosen):
             for name, block in blocks.items():

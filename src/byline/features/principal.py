@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from byline.features.base import Features, Passes, Rows, State, check_dim, check_dtype, seeded
+from byline.features.base import Features, Passes, Rows, State, check_dim, check_dtype, sampled
 from byline.features.blocks import Block
 
 _HALF = torch.float16
@@ -71,7 +71,7 @@ class Principal(Features):
         """What the features learn, and the basis (k, dim)."""
         state = self.features.learn(passes, length)
         count = min(length, self.sample)
-        chosen = torch.randperm(length, generator=seeded(self.seed, "sample"))[:count].sort().values.tolist()
+        chosen = sampled(length, count, self.seed, "sample")
         rows = torch.cat([self.features.rows(blocks, state)["rows"] for blocks in passes(chosen)])
         if rows.shape[1] <= len(rows):
             values, vectors = torch.linalg.eigh((rows.T @ rows).double())
