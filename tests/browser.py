@@ -139,9 +139,18 @@ class Page:
         """Wait for an expression to be true."""
         end = time.monotonic() + seconds
         # a page that is just loading has no elements yet
-        while not self.run(f"(() => {{ try {{ return Boolean({script}); }} catch {{ return false; }} }})()"):
+        while not self._holds(f"(() => {{ try {{ return Boolean({script}); }} catch {{ return false; }} }})()"):
             assert time.monotonic() < end, f"never: {script}\n{self.run('document.body.innerText')[:1500]}"
             time.sleep(0.03)
+
+    def _holds(self, script: str) -> bool:
+        try:
+            return bool(self.run(script))
+        except AssertionError as error:
+            # a page that begins anew while it is asked does not say
+            if "Inspected target navigated" not in str(error):
+                raise
+            return False
 
     def text(self, selector: str) -> str:
         """What an element says."""

@@ -148,7 +148,10 @@ def test_a_kill_at_any_moment_costs_no_bits(tmp_path, forks, what):
     expected = [value.tobytes() for value in again(None)]
     generator, partial, folder = random.Random(0), 0, tmp_path / "store"
     length = min(forks([tmp_path / name], what=what)[1] for name in "ab")
-    for kill in range(KILLS):
+    for kill in range(4 * KILLS):
+        # on a busy machine the first ones may all come too late, or too early
+        if kill >= KILLS and partial:
+            break
         forks([folder], generator.random() * length, what)
         if what == "bank":
             partial += bool(list(folder.rglob("*.parts/*.safetensors")))
