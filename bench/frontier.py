@@ -49,6 +49,9 @@ PUBLISHED = ROOT / "src" / "byline" / "settings" / "measured"
 WIDE: dict[str, Any] = {"columns": 20_000, "dtype": "int8"}
 """2048 columns keep little of a transformer's gradients."""
 ADAM: dict[str, Any] = {**WIDE, "preconditioned": True}
+NARROW: dict[str, Any] = {**ADAM, "columns": 4000}
+LAST = ("head.*", "norm.*", "blocks.1.network.*")
+"""What a backward pass reaches first."""
 ADAPTERS = {"rank": 8, "epochs": 3, "lr": 1e-3}
 
 
@@ -71,6 +74,7 @@ class Strategy:
         dtype: What the rows are kept as.
         preconditioned: Whether the features are those of gradients in Adam's metric, `byline.Preconditioned`.
         components: How many principal components of them are kept, `byline.Principal`; 0 for all columns.
+        params: Whose gradients are taken: patterns of names; all if empty.
         validation: The share that is held out to stop each run.
         paper: Whether it is in arXiv 2405.17293.
     """
@@ -91,6 +95,11 @@ class Strategy:
     dtype: str = "float32"
     preconditioned: bool = False
     components: int = 0
+    params: tuple[str, ...] = ()
+
+    def task(self, setting: Any) -> Any:
+        """The setting's, on its parameters."""
+        return setting.task().choosing(self.params) if self.params else setting.task()
 
     def features(self, setting: Any) -> Any:
         """Its own, or the setting's."""
@@ -110,7 +119,7 @@ class Strategy:
 
     def key(self) -> dict[str, Any]:
         """What a record of it is found by; fields that came later count where they are used."""
-        later = {"rank": 0, "dtype": "float32", "preconditioned": False, "components": 0}
+        later = {"rank": 0, "dtype": "float32", "preconditioned": False, "components": 0, "params": ()}
         return {name: value for name, value in asdict(self).items() if later.get(name) != value}
 
     @property
@@ -190,6 +199,8 @@ STRATEGIES = (
     Strategy("10 checkpoints of a full run, Adam's metric", 1, "full", 10, **ADAM),
     Strategy("5 checkpoints each of 2 short runs, Adam's metric", 2, "short", 5, **ADAM),
     Strategy("short halves 2, 5 checkpoints each, Adam's metric", 2, "short", 5, parts=2, **ADAM),
+    Strategy("1 full run, head alone in Adam's metric", params=("head.*",), **NARROW),
+    Strategy("1 full run, head and last network in Adam's metric", params=LAST, **NARROW),
     Strategy("1 short run, 1024 columns, int8", 1, "short", columns=1024, dtype="int8"),
     Strategy("1 short run, rank 32, int8", 1, "short", rank=32, dtype="int8"),
     Strategy("1 short run, rank 128, int8", 1, "short", rank=128, dtype="int8"),
@@ -197,6 +208,7 @@ STRATEGIES = (
     Strategy("1 short run, rank 24, int8", 1, "short", rank=24, dtype="int8"),
     Strategy("3 checkpoints of a short run, rank 32, int8", 1, "short", 3, rank=32, dtype="int8"),
     Strategy("3 checkpoints, rank 32, 800 columns, int8", 1, "short", 3, columns=800, rank=32, dtype="int8"),
+    Strategy("3 short runs, rank 32, 800 columns, int8", 3, "short", columns=800, rank=32, dtype="int8"),
     Strategy("5 checkpoints of a short run, rank 14, int8", 1, "short", 5, rank=14, dtype="int8"),
     Strategy("5 checkpoints of a short run, rank 64", 1, "short", 5, rank=64),
     Strategy("5 checkpoints of a short run, rank 64, int8", 1, "short", 5, rank=64, dtype="int8"),
@@ -362,7 +374,7 @@ def measure(
     for hessian in hessians:
         ledger = Ledger()
         attributor = Studied(
-            setting.task(), ensemble, features=features, hessian=hessian, ledger=ledger, progress=False,
+            strategy.task(setting), ensemble, features=features, hessian=hessian, ledger=ledger, progress=False,
             batch_size=setting.batch_size,
         )  # fmt: skip
         if store is not None:
@@ -406,7 +418,7 @@ def run(options: argparse.Namespace, setting: Any, out: Path) -> None:
         truths.append(shop.bank(other_recipe(setting)))
     asked = {"format": FORMAT, "hessians": options.hessians, "banks": len(truths)}
     models = (out.parent if options.other_class else out) / "frontier-models"  # the training set is the same
-    work = [(s, seed) for seed in range(options.seeds) for s in chosen(options, setting)]
+    work = [(s, seed) for seed in range(options.first_seed, options.seeds) for s in chosen(options, setting)]
     done, spent = 0, 0.0
     for number, (strategy, seed) in enumerate(work, 1):
         path = out / "records" / f"{strategy.slug}-{seed}.json"
@@ -446,8 +458,13 @@ def other_recipe(setting: Any) -> Any:
 
 
 def chosen(options: argparse.Namespace, setting: Any) -> list[Strategy]:
-    """The strategies asked for, by rising number of members."""
-    found = [s for s in STRATEGIES if not options.only or any(word in s.name for word in options.only)]
+    """The strategies asked for, by rising number of members; a word that is a whole name stands for that alone."""
+    names = {s.name for s in STRATEGIES}
+
+    def asked(name: str) -> bool:
+        return not options.only or any(word == name or (word not in names and word in name) for word in options.only)
+
+    found = [s for s in STRATEGIES if asked(s.name)]
     if options.max_members:
         found = [s for s in found if s.members() <= options.max_members]
     if options.max_runs:
@@ -504,6 +521,7 @@ def summary(out: Path) -> dict[str, Any]:
         if refused is None:
             row |= {
                 "seeds": len(records),
+                "first_seed": min(r["seed"] for r in records),
                 "members": records[0]["members"],
                 "trainings": _mean([r["training"]["flops"] for r in records]) / unit,
                 "training": _mean([r["training"]["flops"] for r in records]),
@@ -523,12 +541,32 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def published(setting_name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, and what the package has of other strategies or from more seeds, in the order of the strategies."""
+    """The rows, and what the package has of other strategies or seeds, in the order of the strategies."""
     path = PUBLISHED / f"{setting_name}.json"
     earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     every = {row["name"]: row for row in earlier}
-    every |= {row["name"]: row for row in rows if row.get("seeds", 0) >= every.get(row["name"], row).get("seeds", 0)}
+    for row in rows:
+        old = every.get(row["name"], row)
+        if row.get("first_seed") and row["first_seed"] == old.get("seeds"):
+            every[row["name"]] = joined(old, row)
+        elif row.get("seeds", 0) >= old.get("seeds", 0):
+            every[row["name"]] = row
     return [every[strategy.name] for strategy in STRATEGIES if strategy.name in every]
+
+
+def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A row of the first seeds and one of those that follow."""
+    seeds = old["seeds"] + new["seeds"]
+    means = {
+        name: (old[name] * old["seeds"] + new[name] * new["seeds"]) / seeds
+        for name in ("trainings", "training", "fitting", "serving", "space")
+        if not math.isnan(new[name])
+    }
+    every = {
+        what: {v: old[what].get(v, []) + new[what].get(v, []) for v in {**old[what], **new[what]}}
+        for what in ("lds", "other")
+    }
+    return {**old, **means, **every, "seeds": seeds}
 
 
 def report(
@@ -541,7 +579,7 @@ def report(
         setting_name: Of what.
         ceiling: The bank's.
         output: The setting's output, to keep the result in the package.
-        earlier: Beside the records, the rows that the package has of other strategies or from more seeds.
+        earlier: Beside the records, the rows that the package has of other strategies or seeds.
     """
     result = summary(out)
     if earlier:
@@ -639,7 +677,8 @@ def main() -> None:
     parser.add_argument("--setting", default="digits-mlp")
     parser.add_argument("--out", type=Path, help="run folder; runs/frontier/<setting> by default")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", help="strategies whose name contains one of these")
+    parser.add_argument("--first-seed", type=int, default=0, help="leave out the seeds before; see --earlier")
+    parser.add_argument("--only", nargs="*", help="strategies of these names, or whose names contain one of these")
     parser.add_argument("--max-members", type=int, default=0, help="leave out strategies of more members")
     parser.add_argument("--max-runs", type=int, default=0, help="leave out strategies of more training runs")
     parser.add_argument("--hessians", nargs="*", default=["unweighted", "weighted"])

@@ -29,6 +29,7 @@ def setting():
 def options(**given):
     plain = {
         "seeds": 1,
+        "first_seed": 0,
         "only": None,
         "max_members": 0,
         "max_runs": 0,
@@ -93,6 +94,34 @@ def test_published_rows_stay_where_there_are_no_records():
     few = {"name": "independent 5", "seeds": 1}
     assert few not in frontier.published("digits-mlp", [few]), "fewer seeds do not replace more"
     assert frontier.published("a setting of mine", [new]) == [new]
+
+
+def test_published_seeds_and_those_that_follow_are_one_row():
+    (old,) = [row for row in frontier.published("digits-mlp", []) if row["name"] == "independent 5"]
+    costs = {name: 2 * old[name] for name in ("training", "fitting", "serving", "space")}
+    new = {**old, **costs, "seeds": 1, "first_seed": old["seeds"], "trainings": float("nan"), "other": {}}
+    new["lds"] = {"unweighted mean": [0.5], "new": [0.1]}
+    (both,) = [row for row in frontier.published("digits-mlp", [new]) if row["name"] == "independent 5"]
+    assert both["seeds"] == old["seeds"] + 1
+    assert both["lds"]["unweighted mean"] == [*old["lds"]["unweighted mean"], 0.5]
+    assert both["lds"]["new"] == [0.1]
+    assert both["other"] == old["other"]
+    assert both["trainings"] == old["trainings"], "without a record of one training there is no unit"
+    assert both["space"] == pytest.approx(old["space"] * (old["seeds"] + 2) / both["seeds"])
+
+
+def test_a_whole_name_asks_for_that_strategy_alone(setting):
+    names = {s.name for s in frontier.chosen(options(only=["independent 1", "short halves"]), setting)}
+    assert "independent 10" not in names
+    assert {"independent 1", "short halves 2", "short halves 6"} < names
+
+
+def test_parameters_are_chosen_by_pattern(setting):
+    first = next(iter(dict(setting.build().named_parameters())))
+    narrow = replace(frontier.STRATEGIES[0], params=(first,))
+    assert narrow.task(setting).fingerprint() != setting.task().fingerprint()
+    assert narrow.key() != frontier.STRATEGIES[0].key()
+    assert "params" not in frontier.STRATEGIES[0].key(), "records from before are still found"
 
 
 def test_what_a_setting_refuses_is_a_row_that_says_so(setting, tmp_path, monkeypatch):
