@@ -62,7 +62,7 @@ class Strategy:
     Attributes:
         name: In tables.
         runs: Training runs; of a crossfit a multiple of ``parts``.
-        length: Of each run: "full" as the setting says, or "short" (see `short`).
+        length: Of each run: "full" as the setting says, "short" or "brief" (see `LENGTHS`).
         checkpoints: Along each run, evenly spaced; 0 for the last weights alone.
         parts: Folds of a crossfit; 0 for none.
         cycles: Of a snapshot ensemble; 0 for none.
@@ -173,6 +173,11 @@ STRATEGIES = (
     Strategy("short thirds 3", 3, "short", parts=3),
     Strategy("short halves 2, 5 checkpoints each", 2, "short", 5, parts=2),
     Strategy("short halves 6, 3 checkpoints each", 6, "short", 3, parts=2),
+    Strategy("5 brief runs", 5, "brief"),
+    Strategy("3 checkpoints each of 3 brief runs", 3, "brief", 3),
+    Strategy("3 checkpoints each of 5 brief runs", 5, "brief", 3),
+    Strategy("brief halves 6", 6, "brief", parts=2),
+    Strategy("brief halves 6, 3 checkpoints each", 6, "brief", 3, parts=2),
     Strategy("snapshots, 5 cycles of a full run", 1, cycles=5),
     Strategy("1 short run, 128 columns", 1, "short", columns=128),
     Strategy("1 short run, 256 columns", 1, "short", columns=256),
@@ -215,9 +220,12 @@ STRATEGIES = (
 )
 
 
-def short(epochs: int) -> int:
-    """The epochs of a short run: a third of a full one's, but five where it has as many."""
-    return max(epochs // 3, min(5, epochs))
+LENGTHS: dict[str, Callable[[int], int]] = {
+    "full": lambda epochs: epochs,
+    "short": lambda epochs: max(epochs // 3, min(5, epochs)),
+    "brief": lambda epochs: max(epochs // 5, min(3, epochs)),
+}
+"""The epochs of a run: a third of a full one's but at least five, a fifth but at least three."""
 
 
 class Studied(byline.TRAK):
@@ -286,8 +294,7 @@ class Trainers:
     def runs(self, strategy: Strategy) -> list[Run]:
         """As many as the strategy has: prefixes of one sequence for each way to train."""
         recipe = self.setting.recipe
-        if strategy.length == "short":
-            recipe = replace(recipe, epochs=short(recipe.epochs))
+        recipe = replace(recipe, epochs=LENGTHS[strategy.length](recipe.epochs))
         if strategy.checkpoints > recipe.epochs:
             raise ValueError(f"a run of {recipe.epochs} epochs has no {strategy.checkpoints} checkpoints")
         kind, options, block = "trajectory", {}, self.block
