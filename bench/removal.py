@@ -55,11 +55,12 @@ def removal(
 ) -> dict[str, np.ndarray]:
     """(sizes, examples) how far outputs fell, and by as many random examples; means over seeds of the ensemble."""
     found = []
+    asked = "-".join(str(number) for number in (options.examples, *options.sizes))
     for seed, values in enumerate(scores):
         measure = byline.removal_curve(
             values, setting.trainer(), setting.train_set, test_set=setting.test_set, task=setting.task(),
             sizes=options.sizes, examples=options.examples, seeds=options.models, seed=MODELS, bootstrap=0,
-            path=folder / f"removal-{strategy.slug}-{seed}-{options.examples}.safetensors", progress=False,
+            path=folder / f"removal-{strategy.slug}-{seed}-{asked}.safetensors", progress=False,
         )  # fmt: skip
         found.append(measure.details)
     return {name: np.mean([d[name] for d in found], 0) for name in ("moved", "control")}

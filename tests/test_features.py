@@ -327,6 +327,25 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize(("vocabulary", "lengths"), [(5, (7, 4)), (40, (6, 9)), (3, (1, 1)), (4, (0, 3))])
+def test_the_kernel_of_an_embedding_is_that_of_its_gradients(vocabulary, lengths):
+    torch.manual_seed(0)
+    a, b = (
+        Lookup(("w",), torch.randint(0, vocabulary, (n, t)), torch.randn(n, t, 3, dtype=torch.float64), vocabulary)
+        for n, t in zip((6, 5), lengths, strict=True)
+    )
+    rows = [{"w:ids": block.ids, "w:right": block.right} for block in (a, b)]
+    torch.testing.assert_close(byline.Exact().kernel(*rows), a.rows() @ b.rows().T)
+
+
+def test_the_kernel_of_an_embedding_looks_at_no_pairs_of_positions():
+    ids = torch.arange(400).repeat(30, 1)
+    rows = {"w:ids": ids, "w:right": torch.randn(30, 400, 2)}
+    with Largest() as watch:
+        byline.Exact().kernel(rows, rows)
+    assert watch.numel < 5 * rows["w:right"].numel() < ids.numel() ** 2 / 1000
+
+
 WIDE = {
     "linear": (lambda: Net(nn.Linear(600, 900), torch.tanh, nn.Linear(900, 3)), vectors(600), 16),
     "tokens": (

@@ -7,6 +7,7 @@ convolutions over many positions), it is kept instead.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -133,12 +134,25 @@ def _outer_kernel(
 
 
 def _lookup_kernel(ia: Tensor, ra: Tensor, ib: Tensor, rb: Tensor) -> Tensor:
-    """Σ over positions t, s with the same id of ``r_at · r_bs``."""
+    """Σ over positions t, s with the same id of ``r_at · r_bs``.
+
+    Id by id: pairs of positions of different ids, nearly all there are, are never looked at.
+    """
     total = ra.new_zeros(ra.shape[0], rb.shape[0])
-    step = max(1, 2**24 // (ra.shape[1] * rb.shape[0] * rb.shape[1]))
-    flat_ids, flat_right = ib.flatten(), rb.flatten(0, 1)
-    for start in range(0, ra.shape[0], step):
-        ids, right = ia[start : start + step], ra[start : start + step]
-        pairs = (right.flatten(0, 1) @ flat_right.T).mul_(ids.flatten().unsqueeze(1) == flat_ids)
-        total[start : start + step] = pairs.view(*ids.shape, rb.shape[0], rb.shape[1]).sum((1, 3))
+    (of_a, sums_a, spans_a), (of_b, sums_b, spans_b) = _by_id(ia, ra), _by_id(ib, rb)
+    for one, a in spans_a.items():
+        if (b := spans_b.get(one)) is not None:
+            total[of_a[a].unsqueeze(1), of_b[b]] += sums_a[a] @ sums_b[b].T
     return total
+
+
+def _by_id(ids: Tensor, right: Tensor) -> tuple[Tensor, Tensor, dict[int, slice]]:
+    """Each example's sum at each id it has, sorted by id: (E,) examples, (E, d) sums, and the place of every id."""
+    examples, n = len(ids), int(ids.max()) + 1 if ids.numel() else 0
+    keys = ids * examples + torch.arange(examples, device=ids.device).unsqueeze(1)
+    found, places = keys.unique(return_inverse=True)
+    sums = right.new_zeros(len(found), right.shape[2]).index_add_(0, places.flatten(), right.flatten(0, 1))
+    counts = (found // max(1, examples)).bincount(minlength=n)
+    ends = [0, *counts.cumsum(0).tolist()]
+    spans = {one: slice(start, end) for one, (start, end) in enumerate(itertools.pairwise(ends)) if start < end}
+    return found % max(1, examples), sums, spans
