@@ -35,6 +35,7 @@ from byline.evaluate.lds import noise_ceiling
 from byline.ledger import Cost, Ledger, human_bytes, human_flops
 from byline.methods import residuals
 from byline.methods.mean import RunningMean
+from byline.recommend import SHORTER
 from byline.report.plots import pareto_front
 from byline.settings.base import Setting
 from byline.settings.bench import plain
@@ -49,6 +50,7 @@ PUBLISHED = ROOT / "src" / "byline" / "settings" / "measured"
 WIDE: dict[str, Any] = {"columns": 20_000, "dtype": "int8"}
 """2048 columns keep little of a transformer's gradients."""
 ADAM: dict[str, Any] = {**WIDE, "preconditioned": True}
+WHOLE: dict[str, Any] = {"exact": True, "dtype": "int8", "preconditioned": True}
 NARROW: dict[str, Any] = {**ADAM, "columns": 4000}
 LAST = ("head.*", "norm.*", "blocks.1.network.*")
 """What a backward pass reaches first."""
@@ -62,7 +64,7 @@ class Strategy:
     Attributes:
         name: In tables.
         runs: Training runs; of a crossfit a multiple of ``parts``.
-        length: Of each run: "full" as the setting says, "short" or "brief" (see `LENGTHS`).
+        length: Of each run: "full" as the setting says, "short" or "brief" (see `length`).
         checkpoints: Along each run, evenly spaced; 0 for the last weights alone.
         parts: Folds of a crossfit; 0 for none.
         cycles: Of a snapshot ensemble; 0 for none.
@@ -75,6 +77,7 @@ class Strategy:
         preconditioned: Whether the features are those of gradients in Adam's metric, `byline.Preconditioned`.
         components: How many principal components of them are kept, `byline.Principal`; 0 for all columns.
         params: Whose gradients are taken: patterns of names; all if empty.
+        exact: Whether the features are exact where the setting's own are not.
         validation: The share that is held out to stop each run.
         paper: Whether it is in arXiv 2405.17293.
     """
@@ -96,6 +99,7 @@ class Strategy:
     preconditioned: bool = False
     components: int = 0
     params: tuple[str, ...] = ()
+    exact: bool = False
 
     def task(self, setting: Any) -> Any:
         """The setting's, on its parameters."""
@@ -113,13 +117,13 @@ class Strategy:
             return byline.LowRank(self.rank, self.columns or None, dtype=self.dtype)
         if self.columns:
             return byline.Factorized(self.columns, basis="pca", dtype=self.dtype)
-        found = setting.features()
+        found = byline.Exact() if self.exact else setting.features()
         found.dtype = self.dtype
         return found
 
     def key(self) -> dict[str, Any]:
         """What a record of it is found by; fields that came later count where they are used."""
-        later = {"rank": 0, "dtype": "float32", "preconditioned": False, "components": 0, "params": ()}
+        later = {"rank": 0, "dtype": "float32", "preconditioned": False, "components": 0, "params": (), "exact": False}
         return {name: value for name, value in asdict(self).items() if later.get(name) != value}
 
     @property
@@ -204,6 +208,9 @@ STRATEGIES = (
     Strategy("10 checkpoints of a full run, Adam's metric", 1, "full", 10, **ADAM),
     Strategy("5 checkpoints each of 2 short runs, Adam's metric", 2, "short", 5, **ADAM),
     Strategy("short halves 2, 5 checkpoints each, Adam's metric", 2, "short", 5, parts=2, **ADAM),
+    Strategy("1 full run, exact in Adam's metric", **WHOLE),
+    Strategy("short halves 2, exact in Adam's metric", 2, "short", parts=2, **WHOLE),
+    Strategy("5 checkpoints of a short run, exact in Adam's metric", 1, "short", 5, **WHOLE),
     Strategy("1 full run, head alone in Adam's metric", params=("head.*",), **NARROW),
     Strategy("1 full run, head and last network in Adam's metric", params=LAST, **NARROW),
     Strategy("1 short run, 1024 columns, int8", 1, "short", columns=1024, dtype="int8"),
@@ -220,12 +227,10 @@ STRATEGIES = (
 )
 
 
-LENGTHS: dict[str, Callable[[int], int]] = {
-    "full": lambda epochs: epochs,
-    "short": lambda epochs: max(epochs // 3, min(5, epochs)),
-    "brief": lambda epochs: max(epochs // 5, min(3, epochs)),
-}
-"""The epochs of a run: a third of a full one's but at least five, a fifth but at least three."""
+def length(name: str, epochs: int) -> int:
+    """The epochs of a run: "full"; "short", a third but five where there are as many; "brief", a fifth but three."""
+    part, least = SHORTER.get(name, (1, 1))
+    return max(epochs // part, min(least, epochs))
 
 
 class Studied(byline.TRAK):
@@ -294,7 +299,7 @@ class Trainers:
     def runs(self, strategy: Strategy) -> list[Run]:
         """As many as the strategy has: prefixes of one sequence for each way to train."""
         recipe = self.setting.recipe
-        recipe = replace(recipe, epochs=LENGTHS[strategy.length](recipe.epochs))
+        recipe = replace(recipe, epochs=length(strategy.length, recipe.epochs))
         if strategy.checkpoints > recipe.epochs:
             raise ValueError(f"a run of {recipe.epochs} epochs has no {strategy.checkpoints} checkpoints")
         kind, options, block = "trajectory", {}, self.block

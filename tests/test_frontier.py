@@ -110,6 +110,13 @@ def test_published_seeds_and_those_that_follow_are_one_row():
     assert both["space"] == pytest.approx(old["space"] * (old["seeds"] + 2) / both["seeds"])
 
 
+@pytest.mark.parametrize(
+    ("name", "epochs"), [("full", (30, 10, 4, 2)), ("short", (10, 5, 4, 2)), ("brief", (6, 3, 3, 2))]
+)
+def test_shorter_runs_are_of_at_least_so_many_epochs(name, epochs):
+    assert tuple(frontier.length(name, whole) for whole in (30, 10, 4, 2)) == epochs
+
+
 def test_a_whole_name_asks_for_that_strategy_alone(setting):
     names = {s.name for s in frontier.chosen(options(only=["independent 1", "short halves"]), setting)}
     assert "independent 10" not in names

@@ -101,6 +101,19 @@ def test_the_code_names_the_features_of_the_setting(dtype, last):
     assert f"features=byline.Factorized(2048, basis='pca'{last})).fit" in one.code
 
 
+def test_the_code_makes_shorter_runs_and_chooses_parameters():
+    data = {**setting("a"), "features": "Factorized(2048, basis='pca')"}
+    own = {"length": "brief", "params": ["head.*"], "exact": True, "dtype": "int8"}
+    data["rows"].append(row("small", 0.1, 1, 1, {"unweighted mean": [0.9]}, **own))
+    (one,) = recommend("a", {}, count=1, data={"a": data})
+    first, *_, chosen, last = one.code.splitlines()
+    assert first == "recipe = dataclasses.replace(recipe, epochs=max(recipe.epochs // 5, min(3, recipe.epochs)))"
+    assert chosen == "task = task.choosing(['head.*'])"
+    assert last == 'attributor = byline.TRAK(task, ensemble, features=byline.Exact(dtype="int8")).fit(train_set)'
+    found = recommend(byline.Task(nn.Linear(2, 2)), {}, count=9, data={"a": data})
+    assert "small" not in [one.strategy for one in found], "the names are another model's"
+
+
 def test_settings_of_few_strategies_count_where_there_are_no_others(monkeypatch):
     monkeypatch.setattr("byline.recommend.WIDE", 4)
     task = byline.Task(nn.Linear(2, 2))

@@ -21,6 +21,8 @@ from byline.task import Task
 
 BUDGETS = ("trainings", "serving", "space")
 NAIVE = "independent 5"
+SHORTER = {"short": (3, 5), "brief": (5, 3)}
+"""Of the runs that are shorter than a full one: which part of its epochs they have, and how many at least."""
 WIDE = 20
 """Strategies of a setting that counts beside others."""
 
@@ -154,7 +156,9 @@ def _like(task: Task, every: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 
 
 def _refuses(model: nn.Module, strategy: Mapping[str, Any]) -> bool:
-    """Whether a strategy needs dropout layers, and the model has none."""
+    """Whether a strategy needs dropout layers, and the model has none, or names another model's parameters."""
+    if strategy.get("params"):
+        return True
     drops = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in model.modules())
     return strategy["change"] in ("dropout", "forward-only") and not drops
 
@@ -200,8 +204,10 @@ def _code(strategy: Mapping[str, Any], features: str, hessian: str, residual: st
     options += [f"parts={strategy['parts']}"] if strategy["parts"] else []
     options += [f"validation={strategy['validation']}"] if strategy["validation"] else []
     lines = []
-    if strategy["length"] == "short":
-        lines.append("recipe = dataclasses.replace(recipe, epochs=max(recipe.epochs // 3, min(5, recipe.epochs)))")
+    if strategy["length"] in SHORTER:
+        part, least = SHORTER[strategy["length"]]
+        epochs = f"max(recipe.epochs // {part}, min({least}, recipe.epochs))"
+        lines.append(f"recipe = dataclasses.replace(recipe, epochs={epochs})")
     lines.append(
         f"ensemble = byline.train_ensemble({', '.join(['task', 'train_set', 'recipe', repr(kind), *options])})"
     )
@@ -215,7 +221,11 @@ def _code(strategy: Mapping[str, Any], features: str, hessian: str, residual: st
     elif change == "lora":
         given = ["task", "ensemble", "train_set", f"adapters={each}", *given]
         lines.append(f"ensemble = byline.train_lora({', '.join(given)})")
+    if strategy.get("params"):
+        lines.append(f"task = task.choosing({list(strategy['params'])!r})")
     method = ["task", "ensemble"]
+    if strategy.get("exact"):
+        features = "Exact()"
     # measurements of before there were ranks and dtypes have neither
     kept = f', dtype="{dtype}"' if (dtype := strategy.get("dtype", "float32")) != "float32" else ""
     made = ""
