@@ -41,6 +41,8 @@ def contestants(columns: list[int], per_layer: list[int]) -> list[dict[str, Any]
     wide = {"dim": 20_000, "basis": "pca", "dtype": "int8"}
     for title, more in (("Factorized(20000, 'pca', int8)", {}), ("the same in Adam's metric", {"adam": True})):
         found.append({"worker": "byline", "name": f"byline TRAK, {title}", "method": "trak", **wide, **more})
+    for title, more in (("Exact", {}), ("Exact in Adam's metric", {"adam": True})):
+        found.append({"worker": "byline", "name": f"byline TRAK, {title}", "method": "trak", "dim": "all", **more})
     for count in ADAPTERS:
         name = f"byline TRAK of {count} adapter{'s' if count > 1 else ''}, Factorized({columns[0]})"
         found.append({"worker": "byline", "name": name, "method": "trak", "dim": columns[0], "adapters": count})
@@ -177,7 +179,10 @@ def _plain(job: dict[str, Any], setting: Any, model: Any) -> tuple[Once, Figures
 def _byline(job: dict[str, Any], setting: Any, model: Any) -> tuple[Once, Figures]:
     import byline
 
-    features: Any = byline.Factorized(job["dim"], basis=job.get("basis", "random"), dtype=job.get("dtype", "float32"))
+    features: Any = byline.Exact()
+    if job["dim"] != "all":
+        kept = job.get("dtype", "float32")
+        features = byline.Factorized(job["dim"], basis=job.get("basis", "random"), dtype=kept)
     if job.get("adam"):
         features = byline.Preconditioned(features)
     common: dict[str, Any] = {"features": features, "batch_size": job["batch_size"], "progress": False}

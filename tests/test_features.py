@@ -338,6 +338,19 @@ def test_the_kernel_of_an_embedding_is_that_of_its_gradients(vocabulary, lengths
     torch.testing.assert_close(byline.Exact().kernel(*rows), a.rows() @ b.rows().T)
 
 
+@pytest.mark.parametrize(("positions", "widths"), [((9, 6), (4, 50)), ((40, 30), (20, 25)), ((1, 3), (2, 2))])
+@pytest.mark.parametrize("at_once", [1, 1500, 2**24])
+def test_the_kernel_of_factors_is_that_of_their_gradients(positions, widths, at_once, monkeypatch):
+    monkeypatch.setattr("byline.features.exact._AT_ONCE", at_once)
+    torch.manual_seed(0)
+    a, b = (
+        Outer(("w",), *(torch.randn(n, 2, t, width, dtype=torch.float64) for width in widths))
+        for n, t in zip((6, 5), positions, strict=True)
+    )
+    rows = [{"w:left": block.left, "w:right": block.right} for block in (a, b)]
+    ref.assert_close(byline.Exact().kernel(*rows), a.rows() @ b.rows().T)
+
+
 def test_the_kernel_of_an_embedding_looks_at_no_pairs_of_positions():
     ids = torch.arange(400).repeat(30, 1)
     rows = {"w:ids": ids, "w:right": torch.randn(30, 400, 2)}

@@ -1,8 +1,9 @@
 """EXACT features: no projection. The kernel of two gradients is the sum over layers of products of small kernels.
 
 For a linear layer, ∇W = g ⊗ x, so ``⟨∇W(a), ∇W(b)⟩ = (g_a·g_b)(x_a·x_b)``: the (B, P) gradients are never formed. With
-T positions the sum runs over pairs of positions; where the gradient itself is smaller than its factors (small
-convolutions over many positions), it is kept instead.
+T positions the sum runs over pairs of positions, or, where these are so many that it is less work, the gradients are
+formed a few at a time; where the gradient itself is smaller than its factors (small convolutions over many positions),
+it is kept instead. Of an embedding only positions of the same id meet.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from byline.features.base import Features, Passes, Products, Rows, State, check_dtype, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
+
+_AT_ONCE = 2**24  # numbers of an intermediate result: 64 MB in float32
 
 
 class Kernels(Features):
@@ -121,9 +124,20 @@ def _outer_kernel(
         right = products(ra[:, 0, 0], rb[:, 0, 0], right_keys)
         return left * right
     total = la.new_zeros(la.shape[0], lb.shape[0])
+    t, s, o, i = la.shape[2], lb.shape[2], la.shape[3], ra.shape[3]
+    block = max(1, _AT_ONCE // (o * i))
+    if o * i * (1 + t / min(block, len(lb)) + s / len(la)) < t * s * (o + i):
+        # over so many positions it is less work to form the gradients, some at a time
+        for group in range(la.shape[1]):
+            for b in range(0, len(lb), block):
+                of_b = _formed(lb[b : b + block, group], rb[b : b + block, group])
+                for a in range(0, len(la), block):
+                    of_a = _formed(la[a : a + block, group], ra[a : a + block, group])
+                    total[a : a + block, b : b + block] += of_a @ of_b.T
+        return total
     # (A·T, B·S) products at once would not fit: as many rows of a as keep them near 64 MB
     per_row = la.shape[2] * lb.shape[0] * lb.shape[2]
-    step = max(1, 2**24 // per_row)
+    step = max(1, _AT_ONCE // per_row)
     for group in range(la.shape[1]):
         lbg, rbg = lb[:, group].flatten(0, 1), rb[:, group].flatten(0, 1)
         for start in range(0, la.shape[0], step):
@@ -131,6 +145,11 @@ def _outer_kernel(
             pairs = (lag.flatten(0, 1) @ lbg.T).mul_(rag.flatten(0, 1) @ rbg.T)
             total[start : start + step] += pairs.view(lag.shape[0], la.shape[2], lb.shape[0], lb.shape[2]).sum((1, 3))
     return total
+
+
+def _formed(left: Tensor, right: Tensor) -> Tensor:
+    """(B, o·i) gradients of (B, T, o) and (B, T, i) factors."""
+    return (left.transpose(1, 2) @ right).flatten(1)
 
 
 def _lookup_kernel(ia: Tensor, ra: Tensor, ib: Tensor, rb: Tensor) -> Tensor:
