@@ -1,0 +1,100 @@
+"""Which layers matter: the LDS of each layer's gradients alone, and of all but it.
+
+    python bench/layers.py                                             # digits-mlp
+    python bench/layers.py --setting stdlib-gpt --strategies "1 full run, Adam's metric"
+
+TRAK with its defaults; the models, the bank and the strategies are those of ``bench/frontier.py``, in the same folder.
+A layer is what the model's children are, and each block of a list of blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from torch import nn
+
+import byline
+from byline.ledger import Ledger, human_flops
+from byline.settings.workshop import Workshop
+from common import ROOT, environment, save, spread, table
+from frontier import STRATEGIES, Trainers, setting_of
+
+ASKED = ("independent 5", "5 checkpoints of a short run")
+
+
+def layers(model: nn.Module) -> list[str]:
+    """The names of children that have parameters; of a list of blocks those of the blocks."""
+    found = []
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList):
+            found += [f"{name}.{number}" for number, _ in child.named_children()]
+        elif any(True for _ in child.parameters()):
+            found.append(name)
+    return found
+
+
+def selections(model: nn.Module) -> Iterator[tuple[str, Callable[[str], bool] | None]]:
+    """What is compared: a title, and whether a parameter of this name counts."""
+    yield "all", None
+    for layer in layers(model):
+        yield f"{layer} alone", lambda name, own=f"{layer}.": name.startswith(own)
+    if len(layers(model)) > 2:
+        for layer in layers(model):
+            yield f"all but {layer}", lambda name, own=f"{layer}.": not name.startswith(own)
+
+
+def measure(options: argparse.Namespace, setting: Any, out: Path) -> list[dict[str, Any]]:
+    """A row per strategy and selection, with the LDS of every seed."""
+    bank = Workshop(setting, out, print, progress=False).bank(setting.bank_recipe)
+    named = {strategy.name: strategy for strategy in STRATEGIES}
+    if unknown := set(options.strategies) - set(named):
+        raise SystemExit(f"no strategy {', '.join(sorted(unknown))}; there are: {', '.join(named)}")
+    model, rows = setting.build(), []
+    for name in options.strategies:
+        ensembles = [
+            Trainers(setting, out / "frontier-models", seed).ensemble(named[name])[0] for seed in range(options.seeds)
+        ]
+        for title, chosen in selections(model):
+            task = setting.task() if chosen is None else setting.task().choosing(chosen)
+            found = []
+            for ensemble in ensembles:
+                ledger = Ledger()
+                attributor = byline.TRAK(
+                    task, ensemble, features=named[name].features(setting), batch_size=setting.batch_size,
+                    ledger=ledger, progress=False,
+                ).fit(setting.train_set)  # fmt: skip
+                found.append(byline.lds(attributor.attribute(setting.test_set), bank, bootstrap=0).mean)
+            flops = ledger.serving.flops / len(setting.test_set)
+            count = sum(p.numel() for n, p in model.named_parameters() if chosen is None or chosen(n))
+            rows.append({"strategy": name, "layers": title, "parameters": count, "serving": flops, "lds": found})
+            print(f"  {name}, {title}: {spread(found)}", file=sys.stderr, flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", default="digits-mlp")
+    parser.add_argument("--out", type=Path, help="folder of the frontier; runs/frontier/<setting> by default")
+    parser.add_argument("--strategies", nargs="+", default=ASKED, help="names of strategies of bench/frontier.py")
+    parser.add_argument("--seeds", type=int, default=3, help="ensembles of each strategy (%(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    setting = setting_of(options.setting)
+    rows = measure(options, setting, options.out or ROOT / "runs" / "frontier" / options.setting)
+    body = [
+        [row["strategy"], row["layers"], f"{row['parameters']:,}", human_flops(row["serving"]), spread(row["lds"])]
+        for row in rows
+    ]
+    print(table(["strategy", "layers", "parameters", "serving a query", "LDS"], body))
+    if options.json:
+        save(options.json, {"setting": setting.name, "rows": rows, "environment": environment()})
+
+
+if __name__ == "__main__":
+    main()
