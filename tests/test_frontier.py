@@ -155,3 +155,48 @@ def test_other_class_asks_about_no_label_and_trains_on_the_same(setting):
     assert torch.equal(frontier.other_class(setting).test_set.tensors[1], asked)
     assert all(torch.equal(a, b) for a, b in zip(other.train_set.tensors, setting.train_set.tensors, strict=True))
     assert (other.bank_recipe.subsets, other.bank_recipe.seed) == (100, setting.bank_recipe.seed + 2)
+
+
+def run(name, setting, monkeypatch, *arguments):
+    """A script beside the frontier's, on this setting."""
+    script = pytest.importorskip(name)
+    monkeypatch.setattr(script, "setting_of", lambda _: setting)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    script.main()
+
+
+def test_removal_says_how_far_outputs_fall(setting, tmp_path, monkeypatch, capsys):
+    given = ["--out", tmp_path, "--only", "independent 5", "1 short run", "--json", tmp_path / "found.json"]
+    given += ["--examples", 4, "--sizes", 20, 5, "--models", 1, "--leave-one-out", 4, "--loo-models", 2]
+    run("removal", setting, monkeypatch, *given)
+    said = capsys.readouterr().out
+    assert "fall without 5" in said
+    assert "as many random examples" in said
+    first, second = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert np.isfinite([row[kind] for row in (first, second) for kind in ("moved", "control")]).all()
+    assert np.shape(first["moved"]) == (2, 4)
+    assert first["control"] == second["control"], "as many random examples, the same for all"
+    assert first["moved"] != second["moved"]
+    assert len(first["leave-one-out"]) == len(setting.test_set)
+    # by hand: what the strategy's scores name for the second test example is what was taken out
+    voters = frontier.Trainers(setting, tmp_path / "frontier-models", 0).ensemble(frontier.STRATEGIES[2])[0]
+    scores = byline.TRAK(setting.task(), voters, progress=False).fit(setting.train_set).attribute(setting.test_set)
+    (file,) = (tmp_path / "removal").glob("removal-independent-5-*.safetensors")
+    bank = byline.Bank.load(file)
+    gone = np.flatnonzero(~bank.subsets[1 + 1])
+    assert set(gone) == set(scores.top(5)[1].proponents.indices)
+    assert first["moved"][0][1] == pytest.approx(float(bank.outputs[0, 0, 1] - bank.outputs[2, 0, 1]), rel=1e-5)
+    with pytest.raises(SystemExit, match="no strategy nonsense"):
+        run("removal", setting, monkeypatch, "--out", tmp_path, "--only", "nonsense")
+
+
+def test_layers_are_compared_alone_and_left_out(setting, tmp_path, monkeypatch, capsys):
+    given = ["--out", tmp_path, "--strategies", "1 short run", "--seeds", 1, "--json", tmp_path / "found.json"]
+    run("layers", setting, monkeypatch, *given)
+    rows = {row["layers"]: row for row in json.loads((tmp_path / "found.json").read_text())["rows"]}
+    whole = rows.pop("all")
+    alone = [row for title, row in rows.items() if title.endswith("alone")]
+    assert sum(row["parameters"] for row in alone) == whole["parameters"]
+    assert all(row["serving"] < whole["serving"] for row in alone)
+    assert len({row["lds"][0] for row in [whole, *alone]}) == 1 + len(alone)
+    assert "serving a query" in capsys.readouterr().out
