@@ -562,7 +562,8 @@ def published(setting_name: str, rows: list[dict[str, Any]]) -> list[dict[str, A
         if row.get("first_seed") and row["first_seed"] == old.get("seeds"):
             every[row["name"]] = joined(old, row)
         elif row.get("seeds", 0) >= old.get("seeds", 0):
-            every[row["name"]] = row
+            # a run against one truth says nothing of the other
+            every[row["name"]] = row if row.get("other") or not old.get("other") else {**row, "other": old["other"]}
     return [every[strategy.name] for strategy in STRATEGIES if strategy.name in every]
 
 

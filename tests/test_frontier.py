@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_and_the_table_needs_no_models(setting, tmp_path, c
 
 
 def test_published_rows_stay_where_there_are_no_records():
-    new = {"name": "independent 5", "seeds": 99}
+    new = {"name": "independent 5", "seeds": 99, "other": {"unweighted mean": [0.1]}}
     rows = frontier.published("digits-mlp", [new])
     names = [row["name"] for row in rows]
     assert new in rows
@@ -91,6 +91,9 @@ def test_published_rows_stay_where_there_are_no_records():
     assert {"independent 1", "short halves 6"} <= set(names)
     order = [strategy.name for strategy in frontier.STRATEGIES]
     assert names == sorted(names, key=order.index)
+    (before,) = [row for row in frontier.published("digits-mlp", []) if row["name"] == "independent 5"]
+    (kept,) = [r for r in frontier.published("digits-mlp", [{**new, "other": {}}]) if r["name"] == "independent 5"]
+    assert kept["other"] == before["other"], "a run against one truth does not delete the other"
     few = {"name": "independent 5", "seeds": 1}
     assert few not in frontier.published("digits-mlp", [few]), "fewer seeds do not replace more"
     assert frontier.published("a setting of mine", [new]) == [new]
