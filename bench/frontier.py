@@ -533,7 +533,7 @@ def summary(out: Path) -> dict[str, Any]:
         if refused is None:
             row |= {
                 "seeds": len(records),
-                "first_seed": min(r["seed"] for r in records),
+                "seed_list": sorted(r["seed"] for r in records),
                 "members": records[0]["members"],
                 "trainings": _mean([r["training"]["flops"] for r in records]) / unit,
                 "training": _mean([r["training"]["flops"] for r in records]),
@@ -558,17 +558,30 @@ def published(setting_name: str, rows: list[dict[str, Any]]) -> list[dict[str, A
     earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     every = {row["name"]: row for row in earlier}
     for row in rows:
-        old = every.get(row["name"], row)
-        if row.get("first_seed") and row["first_seed"] == old.get("seeds"):
+        old = every.get(row["name"])
+        if old is None or old.get("refused") or row.get("refused"):
+            every[row["name"]] = row
+        elif not (seeds_of(old) & seeds_of(row)) and defined(old) == defined(row):
             every[row["name"]] = joined(old, row)
-        elif row.get("seeds", 0) >= old.get("seeds", 0):
-            # a run against one truth says nothing of the other
-            every[row["name"]] = row if row.get("other") or not old.get("other") else {**row, "other": old["other"]}
+        elif row["seeds"] >= old["seeds"]:
+            every[row["name"]] = completed(old, row)
+        else:
+            print(f"{row['name']}: {old['seeds']} seeds are published; those of {row['seeds']} are left out")
     return [every[strategy.name] for strategy in STRATEGIES if strategy.name in every]
 
 
+def seeds_of(row: dict[str, Any]) -> set[int]:
+    """Which seeds a row is the mean of; the first ones where it does not say."""
+    return set(row.get("seed_list", range(row["seeds"])))
+
+
+def defined(row: dict[str, Any]) -> dict[str, Any]:
+    """What its strategy is, with fields that came later."""
+    return Strategy(**{**row["strategy"], "params": tuple(row["strategy"].get("params", ()))}).key()
+
+
 def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A row of the first seeds and one of those that follow."""
+    """A row of some seeds and one of others."""
     seeds = old["seeds"] + new["seeds"]
     means = {
         name: (old[name] * old["seeds"] + new[name] * new["seeds"]) / seeds
@@ -579,7 +592,16 @@ def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         what: {v: old[what].get(v, []) + new[what].get(v, []) for v in {**old[what], **new[what]}}
         for what in ("lds", "other")
     }
-    return {**old, **means, **every, "seeds": seeds}
+    return {**old, **means, **every, "seeds": seeds, "seed_list": sorted(seeds_of(old) | seeds_of(new))}
+
+
+def completed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A row in place of another, with what it does not say: another Hessian, the other truth, the unit of training."""
+    if defined(old) != defined(new):
+        return new
+    every = {what: {**old[what], **new[what]} for what in ("lds", "other")}
+    trainings = old["trainings"] if math.isnan(new["trainings"]) else new["trainings"]
+    return {**new, **every, "trainings": trainings}
 
 
 def report(

@@ -32,11 +32,11 @@ def layers(model: nn.Module) -> list[str]:
     """The names of children that have parameters; of a list of blocks those of the blocks."""
     found = []
     for name, child in model.named_children():
-        if isinstance(child, nn.ModuleList):
-            found += [f"{name}.{number}" for number, _ in child.named_children()]
-        elif any(True for _ in child.parameters()):
-            found.append(name)
-    return found
+        parts = [f"{name}.{number}" for number, _ in child.named_children()]
+        found += parts if isinstance(child, nn.ModuleList) else [name]
+    # a tied weight has the name of where it comes first
+    named = [name for name, _ in model.named_parameters()]
+    return [layer for layer in found if any(name.startswith(f"{layer}.") for name in named)]
 
 
 def selections(model: nn.Module) -> Iterator[tuple[str, Callable[[str], bool] | None]]:

@@ -5,8 +5,10 @@
 
 REMOVAL: retrain without the k examples that a strategy calls the strongest proponents of a test example, and see how
 far that example's output falls; beside it as many random examples. LEAVE-ONE-OUT: the rank correlation of the scores
-of single examples with what retraining without each of them did. Models are those of ``bench/frontier.py``, in the same
-folder; everything trained is kept there, so the script may be killed at any time.
+of single examples with what retraining without each of them did. Intervals are over test examples, those of
+leave-one-out over the examples left out too. Noise of retraining that all test examples share, that of the models of
+the whole training set and of the random sets, is in none of them; it cancels in the differences. Models are those of
+``bench/frontier.py``, in the same folder; everything trained is kept there, so the script may be killed at any time.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ ASKED = (
     "5 short runs",
     "short halves 6",
 )
-REFERENCE = "independent 5"
+DRAWS = 2000
 RANDOM = "as many random examples"
 MODELS = 1000
 """Seeds of retrained models begin here: no model that votes is among them."""
@@ -55,7 +57,7 @@ def removal(
 ) -> dict[str, np.ndarray]:
     """(sizes, examples) how far outputs fell, and by as many random examples; means over seeds of the ensemble."""
     found = []
-    asked = "-".join(str(number) for number in (options.examples, *options.sizes))
+    asked = "-".join(str(number) for number in (options.examples, *options.sizes, options.models))
     for seed, values in enumerate(scores):
         measure = byline.removal_curve(
             values, setting.trainer(), setting.train_set, test_set=setting.test_set, task=setting.task(),
@@ -77,18 +79,15 @@ def without_each(setting: Any, folder: Path, options: argparse.Namespace) -> byl
     )  # fmt: skip
 
 
-def cell(values: np.ndarray) -> str:
-    """A mean and its interval over test examples."""
-    mean, (low, high) = mean_interval(values, 2000, 0.95, 0)
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", default="digits-mlp")
     parser.add_argument("--out", type=Path, help="folder of the frontier; runs/frontier/<setting> by default")
-    parser.add_argument("--seeds", type=int, default=1, help="ensembles of each strategy")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="ensembles of each strategy; leave-one-out takes the first"
+    )
     parser.add_argument("--only", nargs="*", default=ASKED, help="names of strategies of bench/frontier.py")
+    parser.add_argument("--reference", default="independent 25", help="the strategy that others are held against")
     parser.add_argument("--examples", type=int, default=50, help="test examples of the removal")
     parser.add_argument("--sizes", type=int, nargs="*", default=[20, 100], help="how many proponents are removed")
     parser.add_argument("--models", type=int, default=2, help="retrained models of each set")
@@ -96,53 +95,77 @@ def main() -> None:
     parser.add_argument("--loo-models", type=int, default=20, help="retrained models without each of them")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    options.sizes = sorted(set(options.sizes))
     setting = setting_of(options.setting)
     out = options.out or ROOT / "runs" / "frontier" / options.setting
     named = {strategy.name: strategy for strategy in STRATEGIES}
-    if unknown := set(options.only) - set(named):
+    if unknown := {*options.only, options.reference} - set(named):
         raise SystemExit(f"no strategy {', '.join(sorted(unknown))}; there are: {', '.join(named)}")
+    if options.leave_one_out in (1, 2):
+        raise SystemExit(f"--leave-one-out is {options.leave_one_out}; a correlation needs at least 3, 0 is for none")
     folder, rows = out / "removal", []
     bank = without_each(setting, folder, options) if options.leave_one_out else None
     for name in options.only:
         scores = [scores_of(named[name], setting, out / "frontier-models", seed) for seed in range(options.seeds)]
-        row: dict[str, Any] = {"name": name}
+        row: dict[str, Any] = {"name": name, "scores": scores[0]}
         if options.sizes:
             row |= removal(named[name], scores, setting, folder, options)
-        if bank is not None:
-            each = [byline.leave_one_out(values, bank, bootstrap=0) for values in scores]
-            row |= {"leave-one-out": np.mean([m.per_example for m in each], 0), "ceiling": each[0].details["ceiling"]}
         rows.append(row)
         print(f"{name}: done", flush=True)
-    print("\n" + show(rows, options))
+    figures = judge(rows, bank, options)
+    print("\n" + show(figures, bank, options))
     if options.json:
-        plain = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows]
         asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-        save(options.json, {"options": asked, "rows": plain, "environment": environment()})
+        each = [{k: v.tolist() for k, v in row.items() if k in ("moved", "control")} for row in rows]
+        save(options.json, {"options": asked, "rows": figures, "each": each, "environment": environment()})
 
 
-def show(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    """A row per strategy; differences are paired, for the same test examples and retrained seeds."""
-    reference = next((row for row in rows if row["name"] == REFERENCE), None)
-    header, body = ["strategy"], []
-    measures = [("moved", i, f"fall without {k}") for i, k in enumerate(sorted(options.sizes))]
-    measures += [("leave-one-out", slice(None), "leave-one-out")] * bool(options.leave_one_out)
-    for _, _, title in measures:
-        header += [title, f"more than {REFERENCE}"]
+def judge(rows: list[dict[str, Any]], bank: byline.Bank | None, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Means and intervals of every row, and of its difference from the reference, on the same resamples."""
+    reference = next((row for row in rows if row["name"] == options.reference), None)
+    figures = []
     for row in rows:
-        line = [row["name"]]
-        for what, place, _ in measures:
-            line.append(cell(row[what][place]))
-            other = reference is not None and row is not reference
-            line.append(cell(row[what][place] - reference[what][place]) if reference is not None and other else "")
-        body.append(line)
+        other = reference if row is not reference else None
+        found: dict[str, Any] = {"name": row["name"]}
+        for i, k in enumerate(options.sizes):
+            own = row["moved"][i]
+            found[f"fall without {k}"] = mean_interval(own, DRAWS, 0.95, 0)
+            if other is not None:
+                found[f"fall without {k}, more"] = mean_interval(own - other["moved"][i], DRAWS, 0.95, 0)
+        if bank is not None:
+            # without the whole training set the bank is one of subsets, and the correlation an LDS
+            subsets = byline.Bank(bank.subsets[1:], bank.outputs[1:])
+            one = byline.lds(row["scores"], subsets)
+            found["leave-one-out"] = one.mean, one.interval
+            if other is not None:
+                more = byline.lds_difference(row["scores"], other["scores"], subsets)
+                found["leave-one-out, more"] = more.mean, more.interval
+        figures.append(found)
     if options.sizes:
-        line = [RANDOM]
-        for what, place, _ in measures:
-            line += [cell(rows[0]["control"][place]) if what == "moved" else "", ""]
+        control = {
+            f"fall without {k}": mean_interval(rows[0]["control"][i], DRAWS, 0.95, 0)
+            for i, k in enumerate(options.sizes)
+        }
+        figures.append({"name": RANDOM, **control})
+    return figures
+
+
+def show(figures: list[dict[str, Any]], bank: byline.Bank | None, options: argparse.Namespace) -> str:
+    """The table."""
+    titles = [f"fall without {k}" for k in options.sizes] + ["leave-one-out"] * (bank is not None)
+    header = ["strategy", *(cell for title in titles for cell in (title, f"more than {options.reference}"))]
+    body = []
+    for row in figures:
+        line = [row["name"]]
+        for title in titles:
+            for name in (title, f"{title}, more"):
+                mean, (low, high) = row.get(name, (np.nan, (np.nan, np.nan)))
+                line.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]" if name in row else "")
         body.append(line)
-    said = "Means [95 % intervals over test examples]."
-    if options.leave_one_out:
-        said += f" Leave-one-out's noise ceiling is {rows[0]['ceiling']:.2f}."
+    said = "Means [95 % intervals over test examples; of leave-one-out over the examples left out, too]."
+    if bank is not None:
+        ceiling = byline.evaluate.lds.noise_ceiling(byline.Bank(bank.subsets[1:], bank.outputs[1:]))[1]
+        said += f" Leave-one-out's noise ceiling is {ceiling:.2f}."
     return f"{table(header, body)}\n\n{said}"
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import byline
 import reference as ref
 from architectures import CASES, Net, arrays, ids, vectors
-from byline.features import preconditioned
+from byline.features import exact, preconditioned
 from byline.features.blocks import Lookup, Outer
 from conftest import build
 
@@ -328,20 +328,31 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("vocabulary", "lengths"), [(5, (7, 4)), (40, (6, 9)), (3, (1, 1)), (4, (0, 3))])
-def test_the_kernel_of_an_embedding_is_that_of_its_gradients(vocabulary, lengths):
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_the_kernel_of_an_embedding_is_that_of_its_gradients(vocabulary, lengths, dtype):
     torch.manual_seed(0)
     a, b = (
-        Lookup(("w",), torch.randint(0, vocabulary, (n, t)), torch.randn(n, t, 3, dtype=torch.float64), vocabulary)
+        Lookup(
+            ("w",),
+            torch.randint(0, vocabulary, (n, t), dtype=dtype),
+            torch.randn(n, t, 3, dtype=torch.float64),
+            vocabulary,
+        )
         for n, t in zip((6, 5), lengths, strict=True)
     )
     rows = [{"w:ids": block.ids, "w:right": block.right} for block in (a, b)]
     torch.testing.assert_close(byline.Exact().kernel(*rows), a.rows() @ b.rows().T)
 
 
-@pytest.mark.parametrize(("positions", "widths"), [((9, 6), (4, 50)), ((40, 30), (20, 25)), ((1, 3), (2, 2))])
-@pytest.mark.parametrize("at_once", [1, 1500, 2**24])
-def test_the_kernel_of_factors_is_that_of_their_gradients(positions, widths, at_once, monkeypatch):
-    monkeypatch.setattr("byline.features.exact._AT_ONCE", at_once)
+@pytest.mark.parametrize(
+    ("positions", "widths", "formed"),
+    [((9, 6), (4, 50), True), ((40, 30), (20, 25), True), ((2, 3), (20, 25), False), ((3, 1), (9, 8), False)],
+)
+@pytest.mark.parametrize("at_once", [1500, 2**24])
+def test_the_kernel_of_factors_is_that_of_their_gradients(positions, widths, formed, at_once, monkeypatch):
+    calls, form = [], exact._formed
+    monkeypatch.setattr(exact, "_AT_ONCE", at_once)
+    monkeypatch.setattr(exact, "_formed", lambda *factors: calls.append(1) or form(*factors))
     torch.manual_seed(0)
     a, b = (
         Outer(("w",), *(torch.randn(n, 2, t, width, dtype=torch.float64) for width in widths))
@@ -349,6 +360,33 @@ def test_the_kernel_of_factors_is_that_of_their_gradients(positions, widths, at_
     )
     rows = [{"w:left": block.left, "w:right": block.right} for block in (a, b)]
     ref.assert_close(byline.Exact().kernel(*rows), a.rows() @ b.rows().T)
+    assert bool(calls) == formed, "whether gradients were formed"
+
+
+def test_the_kernel_of_no_examples_is_empty():
+    some, none = torch.randn(3, 1, 40, 4), torch.randn(0, 1, 40, 4)
+    rows = [{"w:left": x, "w:right": x} for x in (some, none)]
+    assert byline.Exact().kernel(*rows).shape == (3, 0)
+    assert byline.Exact().kernel(*reversed(rows)).shape == (0, 3)
+
+
+def test_the_way_to_a_kernel_does_not_depend_on_how_many_examples_there_are(monkeypatch):
+    torch.manual_seed(0)
+    many = {"w:left": torch.randn(20, 1, 12, 30), "w:right": torch.randn(20, 1, 12, 30)}
+    calls, form = [], exact._formed
+    monkeypatch.setattr(exact, "_formed", lambda *factors: calls.append(1) or form(*factors))
+    for count in (20, 1):
+        byline.Exact().kernel({name: x[:count] for name, x in many.items()}, many)
+    assert len(calls) in (0, 4)
+
+
+def test_embeddings_of_a_huge_vocabulary_meet_by_id_alone():
+    ids = torch.tensor([[5, 2**30], [5 + 2**22, 7]], dtype=torch.int32).repeat(512, 1)
+    rows = {"w:ids": ids, "w:right": torch.ones(1024, 2, 1)}
+    with Largest() as watch:
+        found = byline.Exact().kernel(rows, rows)
+    assert torch.equal(found[:2, :2], 2 * torch.eye(2))
+    assert watch.numel == found.numel(), "nothing is as long as the vocabulary"
 
 
 def test_the_kernel_of_an_embedding_looks_at_no_pairs_of_positions():

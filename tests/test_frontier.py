@@ -82,35 +82,57 @@ def test_a_killed_run_goes_on_and_the_table_needs_no_models(setting, tmp_path, c
     assert (tmp_path / "frontier.html").stat().st_size > 10**5
 
 
-def test_published_rows_stay_where_there_are_no_records():
-    new = {"name": "independent 5", "seeds": 99, "other": {"unweighted mean": [0.1]}}
+def published(name, *rows):
+    """The published row of a name once these are there, too."""
+    (found,) = [row for row in frontier.published("digits-mlp", list(rows)) if row["name"] == name]
+    return found
+
+
+def test_published_rows_stay_where_there_are_no_records(capsys):
+    old = published("independent 5")
+    assert old["seeds"] == 3
+    new = {**old, "seeds": 4, "seed_list": [0, 1, 2, 3], "space": 1.0}
     rows = frontier.published("digits-mlp", [new])
     names = [row["name"] for row in rows]
-    assert new in rows
-    assert names.count("independent 5") == 1, "a record replaces what was published"
+    assert published("independent 5", new)["space"] == 1, "a record replaces what was published"
+    assert names.count("independent 5") == 1
     assert {"independent 1", "short halves 6"} <= set(names)
     order = [strategy.name for strategy in frontier.STRATEGIES]
     assert names == sorted(names, key=order.index)
-    (before,) = [row for row in frontier.published("digits-mlp", []) if row["name"] == "independent 5"]
-    (kept,) = [r for r in frontier.published("digits-mlp", [{**new, "other": {}}]) if r["name"] == "independent 5"]
-    assert kept["other"] == before["other"], "a run against one truth does not delete the other"
-    few = {"name": "independent 5", "seeds": 1}
-    assert few not in frontier.published("digits-mlp", [few]), "fewer seeds do not replace more"
+    few = {**old, "seeds": 1, "seed_list": [1], "space": 1.0}
+    assert published("independent 5", few) == old, "fewer seeds do not replace more"
+    assert "independent 5: 3 seeds are published" in capsys.readouterr().out
     assert frontier.published("a setting of mine", [new]) == [new]
 
 
-def test_published_seeds_and_those_that_follow_are_one_row():
-    (old,) = [row for row in frontier.published("digits-mlp", []) if row["name"] == "independent 5"]
+def test_a_record_does_not_delete_what_it_does_not_say():
+    old = published("independent 5")
+    unweighted = {v: [0.1] * 3 for v in old["lds"] if v.startswith("unweighted")}
+    new = published("independent 5", {**old, "lds": unweighted, "other": {}, "trainings": float("nan")})
+    assert new["other"] == old["other"]
+    assert new["lds"]["weighted mean"] == old["lds"]["weighted mean"]
+    assert new["lds"]["unweighted mean"] == [0.1] * 3
+    assert new["trainings"] == old["trainings"]
+
+
+def test_published_seeds_and_others_are_one_row():
+    old = published("independent 5")
     costs = {name: 2 * old[name] for name in ("training", "fitting", "serving", "space")}
-    new = {**old, **costs, "seeds": 1, "first_seed": old["seeds"], "trainings": float("nan"), "other": {}}
+    new = {**old, **costs, "seeds": 1, "seed_list": [3], "trainings": float("nan"), "other": {}}
     new["lds"] = {"unweighted mean": [0.5], "new": [0.1]}
-    (both,) = [row for row in frontier.published("digits-mlp", [new]) if row["name"] == "independent 5"]
-    assert both["seeds"] == old["seeds"] + 1
+    both = published("independent 5", new)
+    assert both["seeds"] == 4
+    assert both["seed_list"] == [0, 1, 2, 3]
     assert both["lds"]["unweighted mean"] == [*old["lds"]["unweighted mean"], 0.5]
     assert both["lds"]["new"] == [0.1]
     assert both["other"] == old["other"]
     assert both["trainings"] == old["trainings"], "without a record of one training there is no unit"
-    assert both["space"] == pytest.approx(old["space"] * (old["seeds"] + 2) / both["seeds"])
+    assert both["space"] == pytest.approx(old["space"] * (3 + 2) / 4)
+    assert published("independent 5", {**new, "seed_list": [2]}) == old, "a seed does not count twice"
+    other = {**new, "strategy": {**new["strategy"], "columns": 9}}
+    assert published("independent 5", other) == old, "another strategy of the same name is not added"
+    (alone,) = frontier.published("a setting of mine", [{**new, "seeds": 3, "seed_list": [3, 4, 5]}])
+    assert alone["seeds"] == 3
 
 
 @pytest.mark.parametrize(
@@ -169,21 +191,39 @@ def run(name, setting, monkeypatch, *arguments):
 
 
 def test_removal_says_how_far_outputs_fall(setting, tmp_path, monkeypatch, capsys):
-    given = ["--out", tmp_path, "--only", "independent 5", "1 short run", "--json", tmp_path / "found.json"]
+    given = [
+        "--out",
+        tmp_path,
+        "--reference",
+        "independent 5",
+        "--only",
+        "independent 5",
+        "1 short run",
+        "--json",
+        tmp_path / "found.json",
+    ]
     given += ["--examples", 4, "--sizes", 20, 5, "--models", 1, "--leave-one-out", 4, "--loo-models", 2]
     run("removal", setting, monkeypatch, *given)
     said = capsys.readouterr().out
     assert "fall without 5" in said
     assert "as many random examples" in said
-    first, second = json.loads((tmp_path / "found.json").read_text())["rows"]
+    found = json.loads((tmp_path / "found.json").read_text())
+    first, second = found["each"]
     assert np.isfinite([row[kind] for row in (first, second) for kind in ("moved", "control")]).all()
+    rows = {row["name"]: row for row in found["rows"]}
+    more = rows["1 short run"]["fall without 5, more"][0]
+    assert more == pytest.approx(np.mean(second["moved"][0]) - np.mean(first["moved"][0]))
+    assert rows["1 short run"]["fall without 20"][0] == pytest.approx(np.mean(second["moved"][1]))
+    assert "leave-one-out, more" not in rows["independent 5"]
     assert np.shape(first["moved"]) == (2, 4)
     assert first["control"] == second["control"], "as many random examples, the same for all"
     assert first["moved"] != second["moved"]
-    assert len(first["leave-one-out"]) == len(setting.test_set)
+    bank = byline.Bank.load(tmp_path / "removal" / "leave-one-out-4-2.safetensors")
     # by hand: what the strategy's scores name for the second test example is what was taken out
     voters = frontier.Trainers(setting, tmp_path / "frontier-models", 0).ensemble(frontier.STRATEGIES[2])[0]
     scores = byline.TRAK(setting.task(), voters, progress=False).fit(setting.train_set).attribute(setting.test_set)
+    by_hand = byline.leave_one_out(scores, bank).mean
+    assert rows["independent 5"]["leave-one-out"][0] == pytest.approx(by_hand, abs=0.02)
     (file,) = (tmp_path / "removal").glob("removal-independent-5-*.safetensors")
     bank = byline.Bank.load(file)
     gone = np.flatnonzero(~bank.subsets[1 + 1])

@@ -18,6 +18,9 @@ from byline.features.base import Features, Passes, Products, Rows, State, check_
 from byline.features.blocks import Block, Flat, Lookup, Outer
 
 _AT_ONCE = 2**24  # numbers of an intermediate result: 64 MB in float32
+_BATCH = (
+    64  # examples a side for which the cheaper way is chosen: whatever there are, so that scores do not depend on it
+)
 
 
 class Kernels(Features):
@@ -124,9 +127,11 @@ def _outer_kernel(
         right = products(ra[:, 0, 0], rb[:, 0, 0], right_keys)
         return left * right
     total = la.new_zeros(la.shape[0], lb.shape[0])
+    if 0 in (*la.shape, *lb.shape):
+        return total
     t, s, o, i = la.shape[2], lb.shape[2], la.shape[3], ra.shape[3]
     block = max(1, _AT_ONCE // (o * i))
-    if o * i * (1 + t / min(block, len(lb)) + s / len(la)) < t * s * (o + i):
+    if o * i * (1 + (t + s) / min(block, _BATCH)) < t * s * (o + i):
         # over so many positions it is less work to form the gradients, some at a time
         for group in range(la.shape[1]):
             for b in range(0, len(lb), block):
@@ -167,11 +172,11 @@ def _lookup_kernel(ia: Tensor, ra: Tensor, ib: Tensor, rb: Tensor) -> Tensor:
 
 def _by_id(ids: Tensor, right: Tensor) -> tuple[Tensor, Tensor, dict[int, slice]]:
     """Each example's sum at each id it has, sorted by id: (E,) examples, (E, d) sums, and the place of every id."""
-    examples, n = len(ids), int(ids.max()) + 1 if ids.numel() else 0
-    keys = ids * examples + torch.arange(examples, device=ids.device).unsqueeze(1)
+    examples = max(1, len(ids))
+    keys = ids.long() * examples + torch.arange(len(ids), device=ids.device).unsqueeze(1)
     found, places = keys.unique(return_inverse=True)
     sums = right.new_zeros(len(found), right.shape[2]).index_add_(0, places.flatten(), right.flatten(0, 1))
-    counts = (found // max(1, examples)).bincount(minlength=n)
+    present, counts = (found // examples).unique_consecutive(return_counts=True)
     ends = [0, *counts.cumsum(0).tolist()]
-    spans = {one: slice(start, end) for one, (start, end) in enumerate(itertools.pairwise(ends)) if start < end}
-    return found % max(1, examples), sums, spans
+    spans = {one: slice(a, b) for one, (a, b) in zip(present.tolist(), itertools.pairwise(ends), strict=True)}
+    return found % examples, sums, spans
