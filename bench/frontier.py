@@ -519,11 +519,12 @@ def figures(records: list[dict[str, Any]], hessian: str, residual: str, what: st
     return [v[what] for v in every if (v["hessian"], v["residual"]) == (hessian, residual) and v[what] is not None]
 
 
-def summary(out: Path) -> dict[str, Any]:
-    """Means over seeds: plain data."""
+def summary(out: Path, setting_name: str = "") -> dict[str, Any]:
+    """Means over seeds: plain data. The unit of training is one model's, of the records or else as published."""
     found = load(out)
-    whole = found.get("independent 1")
-    unit = _mean([r["training"]["flops"] for r in whole]) if whole else math.nan
+    whole = [r["training"]["flops"] for r in found.get("independent 1", ())]
+    whole = whole or [row["training"] for row in kept(setting_name) if row["name"] == "independent 1"]
+    unit = _mean(whole) if whole else math.nan
     rows = []
     for name, records in found.items():
         strategy = Strategy(**records[0]["strategy"])
@@ -552,11 +553,15 @@ def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values)
 
 
+def kept(setting_name: str) -> list[dict[str, Any]]:
+    """The rows that the package has of a setting."""
+    path = PUBLISHED / f"{setting_name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+
 def published(setting_name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows, and what the package has of other strategies or seeds, in the order of the strategies."""
-    path = PUBLISHED / f"{setting_name}.json"
-    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    every = {row["name"]: row for row in earlier}
+    every = {row["name"]: row for row in kept(setting_name)}
     for row in rows:
         old = every.get(row["name"])
         if old is None or old.get("refused") or row.get("refused"):
@@ -616,7 +621,7 @@ def report(
         output: The setting's output, to keep the result in the package.
         earlier: Beside the records, the rows that the package has of other strategies or seeds.
     """
-    result = summary(out)
+    result = summary(out, setting_name)
     if earlier:
         result["rows"] = published(setting_name, result["rows"])
     role = "defaults are CHOSEN on it" if setting_name in CHOSEN_ON else "defaults are JUDGED on it"
@@ -624,6 +629,8 @@ def report(
     rows = [row for row in result["rows"] if row["refused"] is None]
     if not rows:
         raise SystemExit(f"no records in {out / 'records'}")
+    if any(math.isnan(row["trainings"]) for row in rows):
+        raise SystemExit('the unit of training is that of "independent 1": ask for it too')
     print(f"\n{setting_name}: {role}. Noise ceiling {ceiling:.3f}." if ceiling else f"\n{setting_name}: {role}.")
     for what, title in (("lds", "LDS"), ("other", "LDS against the other bank")):
         shown = [v for v in VARIANTS if any(f"{v[0]} {v[1]}" in row[what] for row in rows)]

@@ -243,3 +243,13 @@ def test_layers_are_compared_alone_and_left_out(setting, tmp_path, monkeypatch, 
     assert all(row["serving"] < whole["serving"] for row in alone)
     assert len({row["lds"][0] for row in [whole, *alone]}) == 1 + len(alone)
     assert "serving a query" in capsys.readouterr().out
+
+
+def test_costs_are_in_trainings_of_one_model_or_nothing_is_said(setting, tmp_path):
+    frontier.run(options(only=["1 short run"]), setting, tmp_path)
+    with pytest.raises(SystemExit, match='the unit of training is that of "independent 1"'):
+        frontier.report(tmp_path, "a setting of mine", None)
+    frontier.report(tmp_path, "digits-mlp", None)
+    (row,) = json.loads((tmp_path / "frontier.json").read_text())["rows"]
+    (one,) = [row for row in frontier.kept("digits-mlp") if row["name"] == "independent 1"]
+    assert row["trainings"] == pytest.approx(row["training"] / one["training"])
