@@ -213,6 +213,13 @@ STRATEGIES = (
     Strategy("5 checkpoints of a short run, exact in Adam's metric", 1, "short", 5, **WHOLE),
     Strategy("1 full run, head alone in Adam's metric", params=("head.*",), **NARROW),
     Strategy("1 full run, head and last network in Adam's metric", params=LAST, **NARROW),
+    Strategy("1 full run, 1000 columns of the head in Adam's metric", params=("head.*",), **{**ADAM, "columns": 1000}),
+    Strategy(
+        "1 full run, rank 32, 800 columns of the head in Adam's metric",
+        params=("head.*",),
+        rank=32,
+        **{**ADAM, "columns": 800},
+    ),
     Strategy("1 short run, 1024 columns, int8", 1, "short", columns=1024, dtype="int8"),
     Strategy("1 short run, rank 32, int8", 1, "short", rank=32, dtype="int8"),
     Strategy("1 short run, rank 128, int8", 1, "short", rank=128, dtype="int8"),
