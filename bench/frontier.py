@@ -213,6 +213,7 @@ STRATEGIES = (
     Strategy("5 checkpoints of a short run, exact in Adam's metric", 1, "short", 5, **WHOLE),
     Strategy("1 full run, head alone in Adam's metric", params=("head.*",), **NARROW),
     Strategy("1 full run, head and last network in Adam's metric", params=LAST, **NARROW),
+    Strategy("1 full run, 2000 columns of the head in Adam's metric", params=("head.*",), **{**ADAM, "columns": 2000}),
     Strategy("1 full run, 1000 columns of the head in Adam's metric", params=("head.*",), **{**ADAM, "columns": 1000}),
     Strategy(
         "1 full run, rank 32, 800 columns of the head in Adam's metric",

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import byline
 import reference as ref
 from architectures import CASES, Net, arrays, ids, vectors
-from byline.features import exact, preconditioned
+from byline.features import exact, factorized, preconditioned
 from byline.features.blocks import Lookup, Outer
 from conftest import build
 
@@ -378,6 +378,27 @@ def test_the_way_to_a_kernel_does_not_depend_on_how_many_examples_there_are(monk
     for count in (20, 1):
         byline.Exact().kernel({name: x[:count] for name, x in many.items()}, many)
     assert len(calls) in (0, 4)
+
+
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize(
+    ("positions", "left", "right", "order"),
+    [
+        (1, (9, 4), (6, 5), "both"),
+        (2, (9, 4), (6, 5), "both"),
+        (40, (30, 20), (6, 2), "right"),
+        (40, (6, 2), (30, 20), "left"),
+    ],
+)
+def test_projected_factors_are_the_projected_gradient_in_any_order(positions, left, right, order, some):
+    torch.manual_seed(0)
+    a, b = torch.randn(*left, dtype=torch.float64), torch.randn(*right, dtype=torch.float64)
+    factors = [torch.randn(3, 2, positions, width, dtype=torch.float64) for width in (left[0], right[0])]
+    pairs = torch.tensor([[0, 1, 1], [1, 0, 1]]) if some else None
+    assert factorized.cheapest(positions, left, right) == order
+    found = factorized._projected(Outer(("w",), *factors), a, b, pairs)
+    whole = a.T @ torch.einsum("bgto,bgti->bgoi", *factors) @ b
+    ref.assert_close(found, (whole if pairs is None else whole[:, :, pairs[0], pairs[1]]).flatten(1))
 
 
 def test_embeddings_of_a_huge_vocabulary_meet_by_id_alone():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from byline.ensembles.base import check_count
-from byline.features.factorized import rectangle, shares_of
+from byline.features.factorized import projection_work, rectangle, shares_of
 from byline.store.chunks import CHECKSUM
 
 _BYTES = {"float32": 4, "float16": 2, "int8": 1}
@@ -112,10 +112,11 @@ class Workload:
     def project_flops(self) -> float:
         """Both factors onto their bases, and their product: 2·T·(o·o' + i·i' + o'·i') of every layer.
 
-        At one position the product is element by element, which is not counted.
+        Or less, where one of them is better projected after the sum over positions. At one position the product is
+        element by element, which is not counted.
         """
         return sum(
-            2.0 * one.positions * (one.outputs * o + (one.inputs + one.bias) * i + o * i * (one.positions > 1))
+            2.0 * min(projection_work(one.positions, (one.outputs, o), (one.inputs + one.bias, i)).values())
             for one, (o, i) in zip(self.layers, self.sides, strict=True)
         )
 

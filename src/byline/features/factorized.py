@@ -63,9 +63,7 @@ class Factorized(Features):
                 continue
             if right is None:
                 continue
-            left = _left(block, state[f"{name}/left"])
-            x = (block.right if isinstance(block, Outer) else block.right.unsqueeze(1)) @ right.to(block.right)
-            parts.append(product(left, x, pairs))
+            parts.append(_projected(block, state[f"{name}/left"], right.to(block.right), pairs))
         return widened({"rows": torch.cat(parts, 1)})
 
     def _random(self, blocks: dict[str, Block]) -> State:
@@ -178,10 +176,44 @@ def _factors(block: Block) -> dict[str, Tensor]:
     return {"left": block.left, "right": block.right}
 
 
-def _left(block: Outer | Lookup, projection: Tensor) -> Tensor:
-    """(B, G, T, o') the projected left factor; of an embedding, rows of the projection or its kept ids."""
-    if isinstance(block, Outer):
-        return block.left @ projection.to(block.left)
+def _projected(block: Outer | Lookup, left: Tensor, right: Tensor, pairs: Tensor | None) -> Tensor:
+    """(B, k) the entries of ``Σ_t (left_t L) ⊗ (right_t R)``, all or those of these pairs, with least work."""
+    if isinstance(block, Lookup):
+        return product(_left(block, left), block.right.unsqueeze(1) @ right, pairs)
+    left = left.to(block.left)
+    first = cheapest(block.left.shape[2], left.shape, right.shape)
+    if first == "both":
+        return product(block.left @ left, block.right @ right, pairs)
+    if first == "right":
+        whole = left.T @ (block.left.transpose(2, 3) @ (block.right @ right))
+    else:
+        whole = (block.left @ left).transpose(2, 3) @ block.right @ right
+    return (whole if pairs is None else whole[:, :, pairs[0], pairs[1]]).flatten(1)
+
+
+def cheapest(t: int, left: tuple[int, ...], right: tuple[int, ...]) -> str:
+    """Which factors are best projected before the sum over positions: "both", or one where the other follows after.
+
+    Args:
+        t: positions.
+        left: (o, o') the shape of the left projection.
+        right: (i, i') of the right one.
+    """
+    work = projection_work(t, left, right)
+    return min(work, key=work.__getitem__)
+
+
+def projection_work(t: int, left: tuple[int, ...], right: tuple[int, ...]) -> dict[str, int]:
+    """Multiply-adds of each order. At one position the product is element by element, which is not counted."""
+    (o, to), (i, ti) = left, right
+    both = {"both": t * (o * to + i * ti + to * ti * (t > 1))}
+    if t == 1:
+        return both
+    return both | {"right": t * (i * ti + o * ti) + o * to * ti, "left": t * (o * to + i * to) + i * to * ti}
+
+
+def _left(block: Lookup, projection: Tensor) -> Tensor:
+    """(B, 1, T, o') the projected left factor of an embedding: rows of the projection, or its kept ids."""
     if projection.is_floating_point():
         return projection.to(block.right)[block.ids].unsqueeze(1)
     return (block.ids.unsqueeze(-1) == projection).to(block.right.dtype).unsqueeze(1)
