@@ -56,5 +56,9 @@ def product(left: Tensor, right: Tensor, pairs: Tensor | None) -> Tensor:
     """(B, k) the entries of ``Σ_t left_t ⊗ right_t``, all or those of these pairs."""
     if pairs is not None and left.shape[1:3] == (1, 1) and right.shape[1:3] == (1, 1):
         return left[:, 0, 0][:, pairs[0]] * right[:, 0, 0][:, pairs[1]]
-    whole = torch.einsum("bgto,bgti->bgoi", left, right)
+    return entries(torch.einsum("bgto,bgti->bgoi", left, right), pairs)
+
+
+def entries(whole: Tensor, pairs: Tensor | None) -> Tensor:
+    """(B, k) of (B, G, o, i) all, or those of these pairs."""
     return (whole if pairs is None else whole[:, :, pairs[0], pairs[1]]).flatten(1)

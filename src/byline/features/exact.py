@@ -18,9 +18,7 @@ from byline.features.base import Features, Passes, Products, Rows, State, check_
 from byline.features.blocks import Block, Flat, Lookup, Outer
 
 _AT_ONCE = 2**24  # numbers of an intermediate result: 64 MB in float32
-_BATCH = (
-    64  # examples a side for which the cheaper way is chosen: whatever there are, so that scores do not depend on it
-)
+_BATCH = 64  # examples a side for which the cheaper way is chosen, so that it does not depend on the batch
 
 
 class Kernels(Features):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from byline.features.base import Features, Passes, Rows, State, check_dim, check_dtype, sampled, seeded, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
-from byline.features.directions import product, strongest, used_positions
+from byline.features.directions import entries, product, strongest, used_positions
 
 _SAMPLE = 2048  # training examples from which the pca basis is learnt
 _LARGEST = 4096  # a basis is learnt for factors up to this width; wider ones are projected at random first
@@ -185,10 +185,8 @@ def _projected(block: Outer | Lookup, left: Tensor, right: Tensor, pairs: Tensor
     if first == "both":
         return product(block.left @ left, block.right @ right, pairs)
     if first == "right":
-        whole = left.T @ (block.left.transpose(2, 3) @ (block.right @ right))
-    else:
-        whole = (block.left @ left).transpose(2, 3) @ block.right @ right
-    return (whole if pairs is None else whole[:, :, pairs[0], pairs[1]]).flatten(1)
+        return entries(left.T @ (block.left.transpose(2, 3) @ (block.right @ right)), pairs)
+    return entries((block.left @ left).transpose(2, 3) @ block.right @ right, pairs)
 
 
 def cheapest(t: int, left: tuple[int, ...], right: tuple[int, ...]) -> str:
