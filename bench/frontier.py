@@ -54,6 +54,8 @@ WHOLE: dict[str, Any] = {"exact": True, "dtype": "int8", "preconditioned": True}
 NARROW: dict[str, Any] = {**ADAM, "columns": 4000}
 LAST = ("head.*", "norm.*", "blocks.1.network.*")
 """What a backward pass reaches first."""
+LATE = ("6.*", "8.*", "12.*")
+"""Of the ResNet, the layers after its second pooling: with these a backward pass is short."""
 ADAPTERS = {"rank": 8, "epochs": 3, "lr": 1e-3}
 
 
@@ -229,6 +231,27 @@ STRATEGIES = (
     Strategy("3 checkpoints of a short run, rank 32, int8", 1, "short", 3, rank=32, dtype="int8"),
     Strategy("3 checkpoints, rank 32, 800 columns, int8", 1, "short", 3, columns=800, rank=32, dtype="int8"),
     Strategy("3 short runs, rank 32, 800 columns, int8", 3, "short", columns=800, rank=32, dtype="int8"),
+    Strategy("1 short run, last layers, int8", 1, "short", params=LATE, dtype="int8"),
+    Strategy("5 short runs, last layers, int8", 5, "short", params=LATE, dtype="int8"),
+    Strategy(
+        "5 short runs, last layers, rank 32, 800 columns, int8",
+        5,
+        "short",
+        params=LATE,
+        columns=800,
+        rank=32,
+        dtype="int8",
+    ),  # fmt: skip
+    Strategy(
+        "short halves 4, last layers, rank 32, 800 columns, int8",
+        4,
+        "short",
+        parts=2,
+        params=LATE,
+        columns=800,
+        rank=32,
+        dtype="int8",
+    ),  # fmt: skip
     Strategy("5 checkpoints of a short run, rank 14, int8", 1, "short", 5, rank=14, dtype="int8"),
     Strategy("5 checkpoints of a short run, rank 64", 1, "short", 5, rank=64),
     Strategy("5 checkpoints of a short run, rank 64, int8", 1, "short", 5, rank=64, dtype="int8"),

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import TensorDataset
 
 import byline
 import reference as ref
 from architectures import CASES, Net, arrays, ids, vectors
-from byline.features import exact, factorized, preconditioned
+from byline.features import directions, exact, factorized, lowrank, preconditioned
 from byline.features.blocks import Lookup, Outer
 from conftest import build
 
@@ -388,17 +389,68 @@ def test_the_way_to_a_kernel_does_not_depend_on_how_many_examples_there_are(monk
         (2, (9, 4), (6, 5), "both"),
         (40, (30, 20), (6, 2), "right"),
         (40, (6, 2), (30, 20), "left"),
+        (40, (9, 0), (30, 20), "left"),
+        (40, (30, 20), (6, 0), "right"),
+        (2, (9, 0), (6, 0), "both"),
     ],
 )
 def test_projected_factors_are_the_projected_gradient_in_any_order(positions, left, right, order, some):
     torch.manual_seed(0)
-    a, b = torch.randn(*left, dtype=torch.float64), torch.randn(*right, dtype=torch.float64)
+    a, b = (torch.randn(*form, dtype=torch.float64) if form[1] else None for form in (left, right))
     factors = [torch.randn(3, 2, positions, width, dtype=torch.float64) for width in (left[0], right[0])]
     pairs = torch.tensor([[0, 1, 1], [1, 0, 1]]) if some else None
-    assert factorized.cheapest(positions, left, right) == order
-    found = factorized._projected(Outer(("w",), *factors), a, b, pairs)
-    whole = a.T @ torch.einsum("bgto,bgti->bgoi", *factors) @ b
+    assert directions.cheapest(positions, left, right) == order
+    found = directions.projected(Outer(("w",), *factors), a, b, pairs)
+    whole = torch.einsum("bgto,bgti->bgoi", *factors)
+    whole = whole if a is None else a.T @ whole
+    whole = whole if b is None else whole @ b
     ref.assert_close(found, (whole if pairs is None else whole[:, :, pairs[0], pairs[1]]).flatten(1))
+
+
+@pytest.mark.parametrize("positions", [1, 40])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_coordinates_are_the_directions_of_a_unit_basis(positions, side):
+    torch.manual_seed(0)
+    factors = [torch.randn(3, 1, positions, width) for width in (9, 6)]
+    places = [torch.tensor([7, 0, 3]), torch.tensor([5, 1])]
+    units = [torch.eye(factor.shape[3])[:, own] for factor, own in zip(factors, places, strict=True)]
+    used = {"left": (places[0], units[1]), "right": (units[0], places[1]), "both": tuple(places)}[side]
+    pairs = torch.tensor([[0, 2, 2], [1, 0, 1]])
+    block = Outer(("w",), *factors)
+    ref.assert_close(directions.projected(block, *used, pairs), directions.projected(block, *units, pairs))
+
+
+def test_leading_directions_are_coordinates_where_second_moments_are_nearly_diagonal():
+    probabilities = torch.softmax(torch.linspace(0, 4, 30, dtype=torch.float64), 0)
+    left = torch.eye(30, dtype=torch.float64) - probabilities
+    moment = left.T @ (probabilities.unsqueeze(1) * left)  # of one-hot minus softmax, where the model is right
+    value, places = directions.leading(moment, 5)
+    assert places.tolist() == [29, 28, 27, 26, 25]
+    ref.assert_close(value, moment.diagonal()[places])
+    ref.assert_close(directions.onto(left, places), left[:, places])
+    turned = torch.linalg.qr(torch.randn(30, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    value, vectors = directions.leading(turned @ moment @ turned.T, 5)
+    assert vectors.shape == (30, 5)
+    assert vectors.is_floating_point()
+    ref.assert_close(value, torch.linalg.eigvalsh(moment).flip(0)[:5])
+
+
+@pytest.mark.parametrize("features", [byline.Factorized(10**6, "pca"), byline.LowRank(40, 10**6)])
+def test_what_is_kept_by_its_coordinates_scores_as_exact(features, monkeypatch):
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(300, 4), torch.randint(40, (300,)))
+    model, found = nn.Linear(4, 40).eval(), []
+    for module in (factorized, lowrank):
+        monkeypatch.setattr(module, "leading", lambda m, k: found.append(directions.leading(m, k)) or found[-1])
+
+    def scores(features):
+        attributor = byline.TRAK(
+            byline.Task(model), byline.Independent([model]), features=features, damping=1.0, progress=False
+        )
+        return attributor.fit(data).attribute(TensorDataset(*data[:50])).values
+
+    ref.assert_close(scores(features), scores(byline.Exact()), 1e-3)
+    assert any(not basis.is_floating_point() for _, basis in found), "the logits' second moments are nearly diagonal"
 
 
 def test_embeddings_of_a_huge_vocabulary_meet_by_id_alone():

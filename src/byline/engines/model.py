@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from byline.ensembles.base import check_count
-from byline.features.factorized import projection_work, rectangle, shares_of
+from byline.features.directions import projection_work
+from byline.features.factorized import rectangle, shares_of
 from byline.store.chunks import CHECKSUM
 
 _BYTES = {"float32": 4, "float16": 2, "int8": 1}

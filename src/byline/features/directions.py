@@ -1,4 +1,4 @@
-"""Which directions of a layer's two factors say most: from which positions they are learnt, and which pairs count."""
+"""Which directions of a layer's two factors say most, which pairs of them count, and their products with least work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,38 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from byline.features.blocks import Block, Flat, Lookup
+from byline.features.blocks import Block, Flat, Lookup, Outer
+
+_DIAGONAL = 0.9  # of the norm of second moments: measured, vocabularies have 0.94 to 0.96, other factors 0.2 to 0.8
+
+
+def leading(moment: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The directions in which a factor is largest, and how large it is there.
+
+    Second moments that are nearly diagonal, as those of softmax minus one-hot over a vocabulary are, have nearly the
+    coordinates as eigenvectors. Then the coordinates themselves are taken: nothing is multiplied, and nothing kept
+    but their places.
+
+    Args:
+        moment: (n, n) the sum of the factor's second moments.
+        count: directions, at most.
+
+    Returns:
+        (k,) values, the largest first, and either (n, k) eigenvectors or (k,) the places of coordinates.
+    """
+    diagonal = moment.diagonal()
+    if diagonal.norm() >= _DIAGONAL * moment.norm():
+        value, places = diagonal.sort(descending=True, stable=True)
+        return value[:count], places[:count]
+    value, vectors = torch.linalg.eigh(moment)
+    return value.flip(0).clamp_min(0)[:count], vectors.flip(1)[:, :count].float().contiguous()
+
+
+def onto(factor: Tensor, basis: Tensor | None) -> Tensor:
+    """(..., k) a factor's components: along eigenvectors (n, k), at the places (k,) of coordinates, or all of them."""
+    if basis is None:
+        return factor
+    return factor @ basis.to(factor) if basis.is_floating_point() else factor[..., basis]
 
 
 def strongest(grids: Mapping[str, Tensor], groups: Mapping[str, int], count: int) -> dict[str, Tensor]:
@@ -62,3 +93,53 @@ def product(left: Tensor, right: Tensor, pairs: Tensor | None) -> Tensor:
 def entries(whole: Tensor, pairs: Tensor | None) -> Tensor:
     """(B, k) of (B, G, o, i) all, or those of these pairs."""
     return (whole if pairs is None else whole[:, :, pairs[0], pairs[1]]).flatten(1)
+
+
+def projected(block: Outer, left: Tensor | None, right: Tensor | None, pairs: Tensor | None) -> Tensor:
+    """(B, k) the entries of ``Σ_t (left_t L) ⊗ (right_t R)``, all or those of these pairs, with least work.
+
+    Args:
+        block: the factors.
+        left: L, as `onto` has it.
+        right: R.
+        pairs: (2, k) places in the product.
+    """
+    factors, bases = [], []
+    for factor, basis in ((block.left, left), (block.right, right)):
+        taken = basis is not None and not basis.is_floating_point()
+        factors.append(onto(factor, basis) if taken else factor)
+        bases.append(None if taken or basis is None else basis.to(factor))
+    (g, x), (a, b) = factors, bases
+    first = cheapest(g.shape[2], _form(g, a), _form(x, b))
+    if first == "right":
+        whole = g.transpose(2, 3) @ onto(x, b)
+        return entries(whole if a is None else a.T @ whole, pairs)
+    if first == "left":
+        return entries(onto(onto(g, a).transpose(2, 3) @ x, b), pairs)
+    return product(onto(g, a), onto(x, b), pairs)
+
+
+def _form(factor: Tensor, basis: Tensor | None) -> tuple[int, int]:
+    return factor.shape[3], 0 if basis is None else basis.shape[1]
+
+
+def cheapest(t: int, left: tuple[int, int], right: tuple[int, int]) -> str:
+    """Which factors are best projected before the sum over positions: "both", or one where the other follows after.
+
+    Args:
+        t: positions.
+        left: (o, o') the shape of the left projection; o' is 0 where there is none, all of it being kept.
+        right: (i, i') of the right one.
+    """
+    work = projection_work(t, left, right)
+    return min(work, key=work.__getitem__)
+
+
+def projection_work(t: int, left: tuple[int, int], right: tuple[int, int]) -> dict[str, int]:
+    """Multiply-adds of each order. At one position the product is element by element, which is not counted."""
+    (o, a), (i, b) = left, right
+    to, ti = a or o, b or i
+    both = {"both": t * (o * a + i * b + to * ti * (t > 1))}
+    if t == 1:
+        return both
+    return both | {"right": t * (i * b + o * ti) + o * a * ti, "left": t * (o * a + i * to) + i * b * to}

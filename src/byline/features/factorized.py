@@ -16,7 +16,7 @@ from torch import Tensor
 
 from byline.features.base import Features, Passes, Rows, State, check_dim, check_dtype, sampled, seeded, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
-from byline.features.directions import entries, product, strongest, used_positions
+from byline.features.directions import leading, onto, product, projected, strongest, used_positions
 
 _SAMPLE = 2048  # training examples from which the pca basis is learnt
 _LARGEST = 4096  # a basis is learnt for factors up to this width; wider ones are projected at random first
@@ -59,11 +59,15 @@ class Factorized(Features):
                 continue
             if isinstance(block, Flat):
                 if right is not None:
-                    parts.append(block.rows() @ right.to(block.grad))
+                    parts.append(onto(block.rows(), right))
                 continue
             if right is None:
                 continue
-            parts.append(_projected(block, state[f"{name}/left"], right.to(block.right), pairs))
+            if isinstance(block, Lookup):
+                left = _left(block, state[f"{name}/left"])
+                parts.append(product(left, onto(block.right, right).unsqueeze(1), pairs))
+            else:
+                parts.append(projected(block, state[f"{name}/left"], right, pairs))
         return widened({"rows": torch.cat(parts, 1)})
 
     def _random(self, blocks: dict[str, Block]) -> State:
@@ -130,9 +134,10 @@ class Factorized(Features):
                 kept = min(len(order), self.dim)
                 values[key], bases[key] = value[:kept], order[:kept]
                 continue
-            value, vectors = torch.linalg.eigh(moment)
-            value, vectors = value.flip(0).clamp_min(0)[: self.dim], vectors.flip(1)[:, : self.dim].float()
-            values[key], bases[key] = value, reduced[key] @ vectors if key in reduced else vectors
+            values[key], found = leading(moment, self.dim)
+            if key in reduced:
+                found = reduced[key] @ found if found.is_floating_point() else reduced[key][:, found]
+            bases[key] = found
         grids = {}
         for name in groups:
             right = values[f"{name}/right"]
@@ -143,13 +148,13 @@ class Factorized(Features):
         state: State = {}
         for name, own in strongest(grids, groups, self.dim).items():
             if f"{name}/left" not in bases and f"{name}/ids" not in bases:
-                state[f"{name}/right"] = bases[f"{name}/right"][:, own[1]]
+                state[f"{name}/right"] = bases[f"{name}/right"][..., own[1]]
                 continue
             left = bases.get(f"{name}/left", bases.get(f"{name}/ids"))
             assert left is not None
             keep_left = int(own[0].max()) + 1
             state[f"{name}/left"] = left[..., :keep_left].contiguous()
-            state[f"{name}/right"] = bases[f"{name}/right"][:, : int(own[1].max()) + 1].contiguous()
+            state[f"{name}/right"] = bases[f"{name}/right"][..., : int(own[1].max()) + 1].contiguous()
             state[f"{name}/pairs"] = own
         return state
 
@@ -174,40 +179,6 @@ def _factors(block: Block) -> dict[str, Tensor]:
     if isinstance(block, Lookup):
         return {"ids": block.ids, "right": block.right}
     return {"left": block.left, "right": block.right}
-
-
-def _projected(block: Outer | Lookup, left: Tensor, right: Tensor, pairs: Tensor | None) -> Tensor:
-    """(B, k) the entries of ``Σ_t (left_t L) ⊗ (right_t R)``, all or those of these pairs, with least work."""
-    if isinstance(block, Lookup):
-        return product(_left(block, left), block.right.unsqueeze(1) @ right, pairs)
-    left = left.to(block.left)
-    first = cheapest(block.left.shape[2], left.shape, right.shape)
-    if first == "both":
-        return product(block.left @ left, block.right @ right, pairs)
-    if first == "right":
-        return entries(left.T @ (block.left.transpose(2, 3) @ (block.right @ right)), pairs)
-    return entries((block.left @ left).transpose(2, 3) @ block.right @ right, pairs)
-
-
-def cheapest(t: int, left: tuple[int, ...], right: tuple[int, ...]) -> str:
-    """Which factors are best projected before the sum over positions: "both", or one where the other follows after.
-
-    Args:
-        t: positions.
-        left: (o, o') the shape of the left projection.
-        right: (i, i') of the right one.
-    """
-    work = projection_work(t, left, right)
-    return min(work, key=work.__getitem__)
-
-
-def projection_work(t: int, left: tuple[int, ...], right: tuple[int, ...]) -> dict[str, int]:
-    """Multiply-adds of each order. At one position the product is element by element, which is not counted."""
-    (o, to), (i, ti) = left, right
-    both = {"both": t * (o * to + i * ti + to * ti * (t > 1))}
-    if t == 1:
-        return both
-    return both | {"right": t * (i * ti + o * ti) + o * to * ti, "left": t * (o * to + i * to) + i * to * ti}
 
 
 def _left(block: Lookup, projection: Tensor) -> Tensor:

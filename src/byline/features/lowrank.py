@@ -18,7 +18,7 @@ from torch import Tensor
 
 from byline.features.base import Passes, Rows, State, check_dim, check_dtype, sampled, seeded, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
-from byline.features.directions import product, strongest, used_positions
+from byline.features.directions import leading, onto, product, projected, strongest, used_positions
 from byline.features.exact import Kernels
 
 _SAMPLE = 2048  # training examples from which the directions are learnt
@@ -90,10 +90,10 @@ class LowRank(Kernels):
             if key in sketches:
                 # what the second moments do to random vectors spans their leading directions (Halko et al. 2011)
                 vectors, value, _ = torch.linalg.svd(total, full_matrices=False)
-                value = value / sketches[key].shape[1] ** 0.5
+                values[key] = value[: self.rank] / sketches[key].shape[1] ** 0.5
+                state[key] = vectors[:, : self.rank].float().contiguous()
             else:
-                value, vectors = (part.flip(-1) for part in torch.linalg.eigh(total))
-            state[key], values[key] = vectors[:, : self.rank].float().contiguous(), value[: self.rank].clamp_min(0)
+                values[key], state[key] = leading(total, self.rank)
         if self.columns is not None:
             grids = {n: values[f"{n}/left"].unsqueeze(1) * values[f"{n}/right"] / max(1, positions[n]) for n in groups}
             none = torch.zeros(2, 0, dtype=torch.long)
@@ -108,13 +108,13 @@ class LowRank(Kernels):
             if isinstance(block, Flat):
                 out[f"{name}:flat"] = block.rows()
                 continue
-            kept = {side: _in(factor, state.get(f"{name}/{side}")) for side, factor in _factors(block).items()}
+            left, right = state.get(f"{name}/left"), state.get(f"{name}/right")
             if isinstance(block, Lookup):
-                out[f"{name}:ids"], out[f"{name}:right"] = block.ids, kept["right"]
+                out[f"{name}:ids"], out[f"{name}:right"] = block.ids, onto(block.right, right)
             elif bool(state[f"flat/{name}"]):
-                out[f"{name}:flat"] = product(kept["left"], kept["right"], None)
+                out[f"{name}:flat"] = projected(block, left, right, None)
             else:
-                out[f"{name}:left"], out[f"{name}:right"] = kept["left"], kept["right"]
+                out[f"{name}:left"], out[f"{name}:right"] = onto(block.left, left), onto(block.right, right)
         return widened(out)
 
     def vectors(self, rows: Rows, state: State) -> Tensor:
@@ -127,7 +127,7 @@ class LowRank(Kernels):
             if part == "left":
                 parts.append(product(rows[name], rows[f"{block}:right"], pairs))
             elif part == "flat" and pairs is not None:
-                o, i = (state[f"{block}/{side}"].shape[1] for side in ("left", "right"))
+                o, i = (state[f"{block}/{side}"].shape[-1] for side in ("left", "right"))
                 parts.append(rows[name].unflatten(1, (-1, o, i))[:, :, pairs[0], pairs[1]].flatten(1))
             elif part == "flat":
                 parts.append(rows[name])
@@ -142,7 +142,7 @@ class LowRank(Kernels):
             if part == "ids":
                 return None
             if part == "flat":
-                o, i = (1, 1) if pairs is None else (state[f"{block}/{s}"].shape[1] for s in ("left", "right"))
+                o, i = (1, 1) if pairs is None else (state[f"{block}/{s}"].shape[-1] for s in ("left", "right"))
                 total += form[0] // (o * i) * (1 if pairs is None else pairs.shape[1])
             elif part == "left":
                 total += form[0] * (form[2] * forms[f"{block}:right"][2] if pairs is None else pairs.shape[1])
@@ -165,7 +165,3 @@ def _factors(block: Block) -> dict[str, Tensor]:
     if isinstance(block, Flat):
         return {}
     return {"right": block.right} if isinstance(block, Lookup) else {"left": block.left, "right": block.right}
-
-
-def _in(factor: Tensor, directions: Tensor | None) -> Tensor:
-    return factor if directions is None else factor @ directions.to(factor)
