@@ -52,6 +52,7 @@ WIDE: dict[str, Any] = {"columns": 20_000, "dtype": "int8"}
 ADAM: dict[str, Any] = {**WIDE, "preconditioned": True}
 WHOLE: dict[str, Any] = {"exact": True, "dtype": "int8", "preconditioned": True}
 NARROW: dict[str, Any] = {**ADAM, "columns": 4000}
+SMALL: dict[str, Any] = {"rank": 32, "columns": 800, "dtype": "int8"}
 LAST = ("head.*", "norm.*", "blocks.1.network.*")
 """What a backward pass reaches first."""
 LATE = ("6.*", "8.*", "12.*")
@@ -233,25 +234,8 @@ STRATEGIES = (
     Strategy("3 short runs, rank 32, 800 columns, int8", 3, "short", columns=800, rank=32, dtype="int8"),
     Strategy("1 short run, last layers, int8", 1, "short", params=LATE, dtype="int8"),
     Strategy("5 short runs, last layers, int8", 5, "short", params=LATE, dtype="int8"),
-    Strategy(
-        "5 short runs, last layers, rank 32, 800 columns, int8",
-        5,
-        "short",
-        params=LATE,
-        columns=800,
-        rank=32,
-        dtype="int8",
-    ),  # fmt: skip
-    Strategy(
-        "short halves 4, last layers, rank 32, 800 columns, int8",
-        4,
-        "short",
-        parts=2,
-        params=LATE,
-        columns=800,
-        rank=32,
-        dtype="int8",
-    ),  # fmt: skip
+    Strategy("5 short runs, last layers, rank 32, 800 columns, int8", 5, "short", params=LATE, **SMALL),
+    Strategy("short halves 4, last layers, rank 32, 800 columns, int8", 4, "short", parts=2, params=LATE, **SMALL),
     Strategy("5 checkpoints of a short run, rank 14, int8", 1, "short", 5, rank=14, dtype="int8"),
     Strategy("5 checkpoints of a short run, rank 64", 1, "short", 5, rank=64),
     Strategy("5 checkpoints of a short run, rank 64, int8", 1, "short", 5, rank=64, dtype="int8"),
