@@ -215,8 +215,10 @@ STRATEGIES = (
     Strategy("short halves 2, exact in Adam's metric", 2, "short", parts=2, **WHOLE),
     Strategy("5 checkpoints of a short run, exact in Adam's metric", 1, "short", 5, **WHOLE),
     Strategy("1 full run, head alone in Adam's metric", params=("head.*",), **NARROW),
+    Strategy("1 full run, exact head in Adam's metric", params=("head.*",), **WHOLE),
     Strategy("1 full run, head and last network in Adam's metric", params=LAST, **NARROW),
     Strategy("1 full run, 2000 columns of the head in Adam's metric", params=("head.*",), **{**ADAM, "columns": 2000}),
+    Strategy("1 full run, 1500 columns of the head in Adam's metric", params=("head.*",), **{**ADAM, "columns": 1500}),
     Strategy("1 full run, 1000 columns of the head in Adam's metric", params=("head.*",), **{**ADAM, "columns": 1000}),
     Strategy(
         "1 full run, rank 32, 800 columns of the head in Adam's metric",
