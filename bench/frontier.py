@@ -55,6 +55,7 @@ NARROW: dict[str, Any] = {**ADAM, "columns": 4000}
 SMALL: dict[str, Any] = {"rank": 32, "columns": 800, "dtype": "int8"}
 LAST = ("head.*", "norm.*", "blocks.1.network.*")
 """What a backward pass reaches first."""
+ENDS = ("tokens.*", "head.*")
 LATE = ("6.*", "8.*", "12.*")
 """Of the ResNet, the layers after its second pooling: with these a backward pass is short."""
 ADAPTERS = {"rank": 8, "epochs": 3, "lr": 1e-3}
@@ -214,6 +215,10 @@ STRATEGIES = (
     Strategy("1 full run, exact in Adam's metric", **WHOLE),
     Strategy("short halves 2, exact in Adam's metric", 2, "short", parts=2, **WHOLE),
     Strategy("5 checkpoints of a short run, exact in Adam's metric", 1, "short", 5, **WHOLE),
+    Strategy("1 full run, embedding and head exact in Adam's metric", params=ENDS, **WHOLE),
+    Strategy(
+        "5 checkpoints of a short run, embedding and head exact in Adam's metric", 1, "short", 5, params=ENDS, **WHOLE
+    ),
     Strategy("1 full run, head alone in Adam's metric", params=("head.*",), **NARROW),
     Strategy("1 full run, exact head in Adam's metric", params=("head.*",), **WHOLE),
     Strategy("1 full run, head and last network in Adam's metric", params=LAST, **NARROW),
