@@ -57,7 +57,7 @@ LAST = ("head.*", "norm.*", "blocks.1.network.*")
 """What a backward pass reaches first."""
 ENDS = ("tokens.*", "head.*")
 LATE = ("6.*", "8.*", "12.*")
-"""Of the ResNet, the layers after its second pooling: with these a backward pass is short."""
+"""Of the ResNet, the layers after its first pooling: with these a backward pass is short."""
 ADAPTERS = {"rank": 8, "epochs": 3, "lr": 1e-3}
 
 

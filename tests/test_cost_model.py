@@ -85,6 +85,15 @@ def test_forward_only_members_cost_a_forward_pass_each():
     assert ledger.fitting.flops == pytest.approx(expected.fit_flops, rel=1e-6)
 
 
+def test_layers_without_columns_cost_no_projection():
+    layers = tuple(Layer(f"{number:02}", 512, 512, positions=64) for number in range(20))
+    work = Workload(layers, examples=100, columns=10)
+    share = sum(o > 0 for o, _ in work.sides)
+    assert 0 < share < 20
+    # of one column: both factors, and their product
+    assert work.project_flops == share * 2 * 64 * (512 + 513 + 1)
+
+
 def test_columns_are_those_of_the_features():
     made = attributor(mlp()).fit(examples(N, 10))
     assert made.columns() == Workload(LAYERS, N, COLUMNS).kept

@@ -16,7 +16,7 @@ import byline
 import reference as ref
 from architectures import CASES, Net, arrays, ids, vectors
 from byline.features import directions, exact, factorized, lowrank, preconditioned
-from byline.features.blocks import Lookup, Outer
+from byline.features.blocks import Flat, Lookup, Outer
 from conftest import build
 
 KINDS = ["mlp", "tokens-mlp", "conv2d-groups", "embedding-padding", "tied-head", "gru", "layer-norm"]
@@ -420,28 +420,108 @@ def test_coordinates_are_the_directions_of_a_unit_basis(positions, side):
     ref.assert_close(directions.projected(block, *used, pairs), directions.projected(block, *units, pairs))
 
 
-def test_leading_directions_are_coordinates_where_second_moments_are_nearly_diagonal():
-    probabilities = torch.softmax(torch.linspace(0, 4, 30, dtype=torch.float64), 0)
-    left = torch.eye(30, dtype=torch.float64) - probabilities
-    moment = left.T @ (probabilities.unsqueeze(1) * left)  # of one-hot minus softmax, where the model is right
+def vocabulary(n, generator):
+    """Second moments of one-hot minus softmax, where tokens are as frequent as in Zipf's law, in a random order."""
+    probabilities = torch.arange(1, n + 1, dtype=torch.float64)[torch.randperm(n, generator=generator)] ** -1.0
+    probabilities /= probabilities.sum()
+    left = torch.eye(n, dtype=torch.float64) - probabilities
+    return left.T @ (probabilities.unsqueeze(1) * left), probabilities
+
+
+def test_leading_directions_are_coordinates_where_they_are_nearly_eigenvectors():
+    generator = torch.Generator().manual_seed(0)
+    moment, probabilities = vocabulary(80, generator)
     value, places = directions.leading(moment, 5)
-    assert places.tolist() == [29, 28, 27, 26, 25]
+    assert places.tolist() == probabilities.topk(5).indices.tolist()
     ref.assert_close(value, moment.diagonal()[places])
-    ref.assert_close(directions.onto(left, places), left[:, places])
-    turned = torch.linalg.qr(torch.randn(30, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
-    value, vectors = directions.leading(turned @ moment @ turned.T, 5)
-    assert vectors.shape == (30, 5)
-    assert vectors.is_floating_point()
-    ref.assert_close(value, torch.linalg.eigvalsh(moment).flip(0)[:5])
+    ref.assert_close(directions.onto(moment, places), moment[:, places])
+    turned = torch.linalg.qr(torch.randn(80, 80, dtype=torch.float64, generator=generator))[0]
+    for other in (turned @ moment @ turned.T, vocabulary(40, generator)[0]):
+        value, vectors = directions.leading(other, 5)
+        assert vectors.shape == (len(other), 5)
+        ref.assert_close(value, torch.linalg.eigvalsh(other).flip(0)[:5])
+    assert directions.leading(moment, 5, coordinates=False)[1].is_floating_point()
 
 
-@pytest.mark.parametrize("features", [byline.Factorized(10**6, "pca"), byline.LowRank(40, 10**6)])
-def test_what_is_kept_by_its_coordinates_scores_as_exact(features, monkeypatch):
+def test_a_nearly_diagonal_moment_alone_does_not_make_coordinates():
+    classes = torch.eye(100, dtype=torch.float64) - 0.01  # as frequent as each other: no class is to be dropped
+    x = torch.randn(500, 4, dtype=torch.float64) @ torch.randn(4, 70, dtype=torch.float64)
+    massive = x.clone()
+    massive[:, 7] += 1000  # or the ones that stand for a bias, beside small inputs
+    for moment in (classes, x.T @ x, massive.T @ massive):
+        assert directions.leading(moment, 10)[1].is_floating_point()
+    assert (massive.T @ massive).diagonal().norm() > 0.99 * (massive.T @ massive).norm()
+
+
+def skewed(rows, positions, generator):
+    """Blocks whose factors have their largest coordinates for directions: a layer, an embedding and a bias."""
+    places = {name: torch.randperm(70, generator=generator) for name in ("left", "right", "table", "bias")}
+    size = {name: 0.8 ** place.double() for name, place in places.items()}
+
+    def draw(name, *form):
+        return torch.randn(*form, 70, dtype=torch.float64, generator=generator) * size[name]
+
+    blocks = {
+        "layer": Outer(("w",), draw("left", rows, 1, positions), draw("right", rows, 1, positions) / positions**0.5),
+        "table": Lookup(("e",), torch.randint(3, (rows, 4), generator=generator), draw("table", rows, 4), 3),
+        "bias": Flat(("b",), draw("bias", rows)),
+    }
+    return blocks, {name: place.argsort() for name, place in places.items()}
+
+
+@pytest.mark.parametrize("positions", [1, 30])
+def test_few_coordinates_are_entries_of_the_gradient(positions):
+    blocks, largest = skewed(400, positions, torch.Generator().manual_seed(0))
+    wide = {name: block.rows() for name, block in blocks.items()}
+    outer, table = wide["layer"].unflatten(1, (70, 70)), wide["table"].unflatten(1, (3, 70))
+
+    features = byline.Factorized(20, "pca")
+    state = features.learn(lambda indices: [blocks], 400)
+    parts = []
+    for name, whole, left in (("layer", outer, "left"), ("table", table, None)):
+        rows, columns = state[f"{name}/left"], state[f"{name}/right"]
+        a, b = state[f"{name}/pairs"]
+        side = "right" if name == "layer" else name
+        assert columns.tolist() == largest[side][: len(columns)].tolist()
+        if left:
+            assert rows.tolist() == largest[left][: len(rows)].tolist()
+        parts.append(whole[:, rows[a], columns[b]])
+    assert state["bias/right"].tolist() == largest["bias"][: len(state["bias/right"])].tolist()
+    parts.append(wide["bias"][:, state["bias/right"]])
+    ref.assert_close(features.rows(blocks, state)["rows"], torch.cat(parts, 1))
+    assert features.rows(blocks, state)["rows"].shape[1] == 20
+
+    low = byline.LowRank(3, 8)
+    del blocks["table"]
+    state = low.learn(lambda indices: [blocks], 400)
+    a, b = state["pairs/layer"]
+    expected = outer[:, largest["left"][a], largest["right"][b]]
+    found = low.vectors(low.rows(blocks, state), state)
+    ref.assert_close(found, torch.cat([wide["bias"], expected], 1))
+
+
+def test_a_random_projection_has_no_coordinates(monkeypatch):
+    monkeypatch.setattr(factorized, "_LARGEST", 300)
+    moment = []
+    real = directions.leading
+    monkeypatch.setattr(factorized, "leading", lambda *a, **k: moment.append(k) or real(*a, **k))
+    blocks = {"bias": Flat(("b",), torch.randn(50, 400))}
+    features = byline.Factorized(20, "pca")
+    state = features.learn(lambda indices: [blocks], 50)
+    assert moment == [{"coordinates": False}]
+    assert state["bias/right"].shape == (400, 20)
+    ref.assert_close(features.rows(blocks, state)["rows"], blocks["bias"].grad @ state["bias/right"])
+
+
+def test_what_is_kept_by_its_coordinates_scores_as_exact(monkeypatch):
     torch.manual_seed(0)
-    data = TensorDataset(torch.randn(300, 4), torch.randint(40, (300,)))
-    model, found = nn.Linear(4, 40).eval(), []
+    frequent = 0.9 ** torch.arange(70.0)
+    data = TensorDataset(torch.randn(300, 4), torch.multinomial(frequent, 300, replacement=True))
+    model, found = nn.Linear(4, 70).eval(), []
+    with torch.no_grad():
+        model.bias.copy_(frequent.log())
     for module in (factorized, lowrank):
-        monkeypatch.setattr(module, "leading", lambda m, k: found.append(directions.leading(m, k)) or found[-1])
+        monkeypatch.setattr(module, "leading", lambda *a, **k: found.append(directions.leading(*a, **k)) or found[-1])
 
     def scores(features):
         attributor = byline.TRAK(
@@ -449,8 +529,11 @@ def test_what_is_kept_by_its_coordinates_scores_as_exact(features, monkeypatch):
         )
         return attributor.fit(data).attribute(TensorDataset(*data[:50])).values
 
-    ref.assert_close(scores(features), scores(byline.Exact()), 1e-3)
-    assert any(not basis.is_floating_point() for _, basis in found), "the logits' second moments are nearly diagonal"
+    exact = scores(byline.Exact())
+    for features in (byline.Factorized(10**6, "pca"), byline.LowRank(70, 10**6)):
+        found.clear()
+        ref.assert_close(scores(features), exact, 1e-3)
+        assert any(not basis.is_floating_point() for _, basis in found), "tokens are nearly eigenvectors"
 
 
 def test_embeddings_of_a_huge_vocabulary_meet_by_id_alone():

@@ -119,6 +119,7 @@ class Workload:
         return sum(
             2.0 * min(projection_work(one.positions, (one.outputs, o), (one.inputs + one.bias, i)).values())
             for one, (o, i) in zip(self.layers, self.sides, strict=True)
+            if o
         )
 
     # of the whole

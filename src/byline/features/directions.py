@@ -9,29 +9,37 @@ from torch import Tensor
 
 from byline.features.blocks import Block, Flat, Lookup, Outer
 
-_DIAGONAL = 0.9  # of the norm of second moments: measured, vocabularies have 0.94 to 0.96, other factors 0.2 to 0.8
+_SAME = (
+    0.8  # overlap of coordinates and eigenvectors: measured, vocabularies have 0.86 to 0.99, other factors 0.1 to 0.7
+)
+_WIDE = 64  # numbers of a factor; of narrower ones eigenvectors cost next to nothing
 
 
-def leading(moment: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def leading(moment: Tensor, count: int, coordinates: bool = True) -> tuple[Tensor, Tensor]:
     """The directions in which a factor is largest, and how large it is there.
 
-    Second moments that are nearly diagonal, as those of softmax minus one-hot over a vocabulary are, have nearly the
-    coordinates as eigenvectors. Then the coordinates themselves are taken: nothing is multiplied, and nothing kept
-    but their places.
+    Where the largest coordinates span nearly what the leading eigenvectors do, as tokens of a vocabulary do that
+    softmax minus one-hot is taken of, they are taken instead: nothing is multiplied, and nothing kept but their places.
 
     Args:
         moment: (n, n) the sum of the factor's second moments.
         count: directions, at most.
+        coordinates: whether they may be.
 
     Returns:
         (k,) values, the largest first, and either (n, k) eigenvectors or (k,) the places of coordinates.
     """
-    diagonal = moment.diagonal()
-    if diagonal.norm() >= _DIAGONAL * moment.norm():
-        value, places = diagonal.sort(descending=True, stable=True)
-        return value[:count], places[:count]
-    value, vectors = torch.linalg.eigh(moment)
-    return value.flip(0).clamp_min(0)[:count], vectors.flip(1)[:, :count].float().contiguous()
+    value, vectors = (part.flip(-1) for part in torch.linalg.eigh(moment))
+    if coordinates and len(moment) >= _WIDE:
+        diagonal, places = moment.diagonal().sort(descending=True, stable=True)
+        if min(_overlap(vectors, places, k) for k in (len(moment) // 4, len(moment) // 2)) >= _SAME:
+            return diagonal[:count], places[:count]
+    return value[:count].clamp_min(0), vectors[:, :count].float().contiguous()
+
+
+def _overlap(vectors: Tensor, places: Tensor, count: int) -> float:
+    """Of the subspaces of so many vectors and coordinates: 1 if they are the same, count / n by chance."""
+    return float(vectors[places[:count], :count].square().sum() / count)
 
 
 def onto(factor: Tensor, basis: Tensor | None) -> Tensor:

@@ -3,7 +3,8 @@
 For ``∇W = Σ_t g_t ⊗ x_t``: ``row = Σ_t (g_t A) ⊗ (x_t B)`` with A (o, o') and B (i, i') (LoGra, Choe et al. 2024).
 With ``basis="random"`` A and B are Gaussian and unbiased; with ``basis="pca"`` they are the leading directions of
 the layer's gradients and inputs on the training set, and of all pairs of directions, over all layers, those with the
-largest products of eigenvalues are kept (the K-FAC eigenbasis, Martens & Grosse 2015; George et al. 2018).
+largest products of eigenvalues are kept (the K-FAC eigenbasis, Martens & Grosse 2015; George et al. 2018). Factors that
+have their coordinates for directions, such as the logits of a vocabulary, keep these (`byline.features.directions`).
 """
 
 from __future__ import annotations
@@ -134,10 +135,9 @@ class Factorized(Features):
                 kept = min(len(order), self.dim)
                 values[key], bases[key] = value[:kept], order[:kept]
                 continue
-            values[key], found = leading(moment, self.dim)
-            if key in reduced:
-                found = reduced[key] @ found if found.is_floating_point() else reduced[key][:, found]
-            bases[key] = found
+            # the coordinates of a random projection mean nothing
+            values[key], found = leading(moment, self.dim, coordinates=key not in reduced)
+            bases[key] = reduced[key] @ found if key in reduced else found
         grids = {}
         for name in groups:
             right = values[f"{name}/right"]

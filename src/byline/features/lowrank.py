@@ -2,9 +2,9 @@
 
 For ``∇W = Σ_t g_t ⊗ x_t``: ``⟨∇W(a), ∇W(b)⟩ ≈ Σ_ts (U'g_at · U'g_bs)(V'x_at · V'x_bs)``, U and V the leading
 eigenvectors of the second moments of g and x over the training set (the K-FAC eigenbasis, George et al. 2018,
-arXiv 1806.03884, as `Factorized` has it). The factors are kept, 2·rank numbers a layer, and not their rank²
-products: a row is as small as one of a few columns, and its kernel as rich as one of thousands. Factors that several
-members share, such as the inputs themselves, are kept once.
+arXiv 1806.03884, as `Factorized` has it) or, where these are nearly the same, coordinates. The factors are kept,
+2·rank numbers a layer, and not their rank² products: a row is as small as one of a few columns, and its kernel as rich
+as one of thousands. Factors that several members share, such as the inputs themselves, are kept once.
 """
 
 from __future__ import annotations
