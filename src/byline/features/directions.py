@@ -9,9 +9,7 @@ from torch import Tensor
 
 from byline.features.blocks import Block, Flat, Lookup, Outer
 
-_SAME = (
-    0.8  # overlap of coordinates and eigenvectors: measured, vocabularies have 0.86 to 0.99, other factors 0.1 to 0.7
-)
+_SAME = 0.8  # of the two subspaces: vocabularies have more, other factors far less (bench/directions.py)
 _WIDE = 64  # numbers of a factor; of narrower ones eigenvectors cost next to nothing
 
 
@@ -32,12 +30,12 @@ def leading(moment: Tensor, count: int, coordinates: bool = True) -> tuple[Tenso
     value, vectors = (part.flip(-1) for part in torch.linalg.eigh(moment))
     if coordinates and len(moment) >= _WIDE:
         diagonal, places = moment.diagonal().sort(descending=True, stable=True)
-        if min(_overlap(vectors, places, k) for k in (len(moment) // 4, len(moment) // 2)) >= _SAME:
+        if min(overlap(vectors, places, k) for k in (len(moment) // 4, len(moment) // 2)) >= _SAME:
             return diagonal[:count], places[:count]
     return value[:count].clamp_min(0), vectors[:, :count].float().contiguous()
 
 
-def _overlap(vectors: Tensor, places: Tensor, count: int) -> float:
+def overlap(vectors: Tensor, places: Tensor, count: int) -> float:
     """Of the subspaces of so many vectors and coordinates: 1 if they are the same, count / n by chance."""
     return float(vectors[places[:count], :count].square().sum() / count)
 
