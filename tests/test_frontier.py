@@ -105,6 +105,13 @@ def test_published_rows_stay_where_there_are_no_records(capsys):
     assert frontier.published("a setting of mine", [new]) == [new]
 
 
+def test_queries_of_whole_runs_cost_what_one_costs_times_their_number():
+    one = {**published("independent 1"), "serving": 7.0}
+    assert [published(f"independent {runs}", one)["serving"] for runs in (1, 2, 25)] == [7, 14, 175]
+    dearer = published("5 short runs")
+    assert published("5 short runs", one) == dearer, "other strategies keep what was measured"
+
+
 def test_a_record_does_not_delete_what_it_does_not_say():
     old = published("independent 5")
     unweighted = {v: [0.1] * 3 for v in old["lds"] if v.startswith("unweighted")}
