@@ -18,7 +18,7 @@ from torch import Tensor
 
 from byline.features.base import Passes, Rows, State, check_dim, check_dtype, sampled, seeded, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
-from byline.features.directions import leading, onto, product, projected, strongest, used_positions
+from byline.features.directions import entries, leading, onto, product, projected, strongest, used_positions
 from byline.features.exact import Kernels
 
 _SAMPLE = 2048  # training examples from which the directions are learnt
@@ -128,7 +128,7 @@ class LowRank(Kernels):
                 parts.append(product(rows[name], rows[f"{block}:right"], pairs))
             elif part == "flat" and pairs is not None:
                 o, i = (state[f"{block}/{side}"].shape[-1] for side in ("left", "right"))
-                parts.append(rows[name].unflatten(1, (-1, o, i))[:, :, pairs[0], pairs[1]].flatten(1))
+                parts.append(entries(rows[name].unflatten(1, (-1, o, i)), pairs))
             elif part == "flat":
                 parts.append(rows[name])
         return torch.cat(parts, 1)
