@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 import byline
 from byline.evaluate.measure import mean_interval
@@ -42,14 +43,22 @@ MODELS = 1000
 """Seeds of retrained models begin here: no model that votes is among them."""
 
 
-def scores_of(strategy: Strategy, setting: Any, models: Path, seed: int) -> np.ndarray:
-    """(n_test, n_train) TRAK's scores with its defaults."""
-    ensemble, _, _ = Trainers(setting, models, seed).ensemble(strategy)
+def scores_of(strategy: Strategy, setting: Any, out: Path, seed: int) -> np.ndarray:
+    """(n_test, n_train) TRAK's scores with its defaults; a file of them is taken as it is."""
+    kept = out / "removal" / f"scores-{strategy.slug}-{seed}.safetensors"
+    if kept.exists():
+        return load_file(kept)["scores"]
+    ensemble, _, _ = Trainers(setting, out / "frontier-models", seed).ensemble(strategy)
     attributor = byline.TRAK(
         strategy.task(setting), ensemble, features=strategy.features(setting), progress=False,
         batch_size=setting.batch_size,
     )  # fmt: skip
-    return attributor.fit(setting.train_set).attribute(setting.test_set).values
+    found = attributor.fit(setting.train_set).attribute(setting.test_set).values
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    part = kept.with_suffix(".part")
+    save_file({"scores": np.ascontiguousarray(found)}, part)
+    part.replace(kept)
+    return found
 
 
 def removal(
@@ -106,7 +115,7 @@ def main() -> None:
     folder, rows = out / "removal", []
     bank = without_each(setting, folder, options) if options.leave_one_out else None
     for name in options.only:
-        scores = [scores_of(named[name], setting, out / "frontier-models", seed) for seed in range(options.seeds)]
+        scores = [scores_of(named[name], setting, out, seed) for seed in range(options.seeds)]
         row: dict[str, Any] = {"name": name, "scores": scores[0]}
         if options.sizes:
             row |= removal(named[name], scores, setting, folder, options)
