@@ -56,9 +56,22 @@ SMALL: dict[str, Any] = {"rank": 32, "columns": 800, "dtype": "int8"}
 LAST = ("head.*", "norm.*", "blocks.1.network.*")
 """What a backward pass reaches first."""
 ENDS = ("tokens.*", "head.*")
+AT_ENDS: dict[str, Any] = {**WHOLE, "params": ENDS}
 LATE = ("6.*", "8.*", "12.*")
 """Of the ResNet, the layers after its first pooling: with these a backward pass is short."""
 ADAPTERS = {"rank": 8, "epochs": 3, "lr": 1e-3}
+
+
+LATER: dict[str, Any] = {
+    "rank": 0,
+    "dtype": "float32",
+    "preconditioned": False,
+    "components": 0,
+    "params": (),
+    "exact": False,
+    "width": 1.0,
+}
+"""What a strategy has that records of before do not name."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,7 @@ class Strategy:
         components: How many principal components of them are kept, `byline.Principal`; 0 for all columns.
         params: Whose gradients are taken: patterns of names; all if empty.
         exact: Whether the features are exact where the setting's own are not.
+        width: Of the models, over the setting's own: narrower models answer in place of those that are asked about.
         validation: The share that is held out to stop each run.
         paper: Whether it is in arXiv 2405.17293.
     """
@@ -104,6 +118,17 @@ class Strategy:
     components: int = 0
     params: tuple[str, ...] = ()
     exact: bool = False
+    width: float = 1.0
+
+    def on(self, setting: Setting) -> Setting:
+        """The setting at the strategy's width, or itself.
+
+        Raises:
+            ValueError: If its model has one width.
+        """
+        if self.width != 1 and not setting.width:
+            raise ValueError(f"the model of {setting.name} has one width")
+        return setting if self.width == 1 else setting.variant(width=round(self.width * setting.width))
 
     def task(self, setting: Any) -> Any:
         """The setting's, on its parameters."""
@@ -127,8 +152,7 @@ class Strategy:
 
     def key(self) -> dict[str, Any]:
         """What a record of it is found by; fields that came later count where they are used."""
-        later = {"rank": 0, "dtype": "float32", "preconditioned": False, "components": 0, "params": (), "exact": False}
-        return {name: value for name, value in asdict(self).items() if later.get(name) != value}
+        return {name: value for name, value in asdict(self).items() if LATER.get(name) != value}
 
     @property
     def slug(self) -> str:
@@ -215,10 +239,8 @@ STRATEGIES = (
     Strategy("1 full run, exact in Adam's metric", **WHOLE),
     Strategy("short halves 2, exact in Adam's metric", 2, "short", parts=2, **WHOLE),
     Strategy("5 checkpoints of a short run, exact in Adam's metric", 1, "short", 5, **WHOLE),
-    Strategy("1 full run, embedding and head exact in Adam's metric", params=ENDS, **WHOLE),
-    Strategy(
-        "5 checkpoints of a short run, embedding and head exact in Adam's metric", 1, "short", 5, params=ENDS, **WHOLE
-    ),
+    Strategy("1 full run, embedding and head exact in Adam's metric", **AT_ENDS),
+    Strategy("5 checkpoints of a short run, embedding and head exact in Adam's metric", 1, "short", 5, **AT_ENDS),
     Strategy("1 full run, head alone in Adam's metric", params=("head.*",), **NARROW),
     Strategy("1 full run, exact head in Adam's metric", params=("head.*",), **WHOLE),
     Strategy("1 full run, head and last network in Adam's metric", params=LAST, **NARROW),
@@ -260,6 +282,22 @@ STRATEGIES = (
         components=300,
         columns=1500,
         dtype="int8",
+    ),
+    Strategy("5 full runs of half the width, int8", 5, width=0.5, dtype="int8"),
+    Strategy("5 short runs of half the width, int8", 5, "short", width=0.5, dtype="int8"),
+    Strategy("5 short runs of a quarter of the width, int8", 5, "short", width=0.25, dtype="int8"),
+    Strategy("3 checkpoints each of 3 short runs of half the width, int8", 3, "short", 3, width=0.5, dtype="int8"),
+    Strategy("1 full run of half the width, embedding and head exact in Adam's metric", 1, width=0.5, **AT_ENDS),
+    Strategy("3 full runs of half the width, embedding and head exact in Adam's metric", 3, width=0.5, **AT_ENDS),
+    Strategy(
+        "5 full runs of a quarter of the width, embedding and head exact in Adam's metric", 5, width=0.25, **AT_ENDS
+    ),
+    Strategy(
+        "3 full runs of a quarter of the width, 1000 columns of embedding and head in Adam's metric",
+        3,
+        width=0.25,
+        params=ENDS,
+        **{**ADAM, "columns": 1000},
     ),
     Strategy("5 checkpoints of a short run, rank 14, int8", 1, "short", 5, rank=14, dtype="int8"),
     Strategy("5 checkpoints of a short run, rank 64", 1, "short", 5, rank=64),
@@ -405,6 +443,12 @@ class Trainers:
         return found, cost + extra, weights + small
 
 
+def trainers_of(strategy: Strategy, setting: Any, folder: Path, seed: int) -> Trainers:
+    """What trains a strategy's models: the setting at its width, models of each width in a folder of their own."""
+    own = strategy.on(setting)
+    return Trainers(own, folder if own is setting else folder / f"width-{own.width}", seed)
+
+
 def _split(ensemble: Any, runs: int) -> list[Run]:
     """The runs of what `byline.train_ensemble` gave."""
     cost = ensemble.cost.scaled(1 / runs)
@@ -414,10 +458,9 @@ def _split(ensemble: Any, runs: int) -> list[Run]:
     return list(out.values())
 
 
-def measure(
-    strategy: Strategy, setting: Any, trainers: Trainers, truths: Sequence[Any], hessians: Sequence[str]
-) -> dict[str, Any]:
+def measure(strategy: Strategy, trainers: Trainers, truths: Sequence[Any], hessians: Sequence[str]) -> dict[str, Any]:
     """One strategy, trained with one seed, under every Hessian and residual."""
+    setting = trainers.setting
     ensemble, training, weights = trainers.ensemble(strategy)
     features = strategy.features(setting)
     variants: list[dict[str, Any]] = []
@@ -479,8 +522,8 @@ def run(options: argparse.Namespace, setting: Any, out: Path) -> None:
             continue
         start = time.perf_counter()
         try:
-            trainers = Trainers(setting, models, seed)
-            made = measure(strategy, setting, trainers, truths, options.hessians)
+            trainers = trainers_of(strategy, setting, models, seed)
+            made = measure(strategy, trainers, truths, options.hessians)
         except (ValueError, TypeError) as error:
             # a model without dropout, a task without Q: the table says so
             made = {"refused": str(error)}

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 import byline
 from byline.evaluate.measure import mean_interval
 from common import ROOT, environment, save, table
-from frontier import STRATEGIES, Strategy, Trainers, setting_of
+from frontier import STRATEGIES, Strategy, setting_of, trainers_of
 
 ASKED = (
     "independent 1",
@@ -48,7 +48,8 @@ def scores_of(strategy: Strategy, setting: Any, out: Path, seed: int) -> np.ndar
     kept = out / "removal" / f"scores-{strategy.slug}-{seed}.safetensors"
     if kept.exists():
         return load_file(kept)["scores"]
-    ensemble, _, _ = Trainers(setting, out / "frontier-models", seed).ensemble(strategy)
+    trainers = trainers_of(strategy, setting, out / "frontier-models", seed)
+    setting, (ensemble, _, _) = trainers.setting, trainers.ensemble(strategy)
     attributor = byline.TRAK(
         strategy.task(setting), ensemble, features=strategy.features(setting), progress=False,
         batch_size=setting.batch_size,

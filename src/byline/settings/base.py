@@ -52,6 +52,7 @@ class Setting:
         pixel_range: The values that stand for black and white.
         class_names: Names of the labels, in their order.
         on_folder: ``on_folder(setting, folder)`` gives the setting on the data files of a folder, where it reads files.
+        width: Of the model, where it has several; 0 where it has one.
         at_width: ``at_width(setting, width)`` gives it with a wider or narrower model, where the model has a width.
         features: Makes the features of its comparison; exact ones where the gradients are small enough to be kept.
         batch_size: Examples that are differentiated at a time.
@@ -75,6 +76,7 @@ class Setting:
     pixel_range: tuple[float, float] = (0.0, 1.0)
     class_names: tuple[str, ...] = field(default=(), repr=False)
     on_folder: Callable[[Setting, Path], Setting] | None = field(default=None, repr=False)
+    width: int = 0
     at_width: Callable[[Setting, int], Setting] | None = field(default=None, repr=False)
     features: Callable[[], Features] = field(default=Exact, repr=False)
     batch_size: int = 256

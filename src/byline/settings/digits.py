@@ -8,9 +8,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from byline.settings.base import Setting
+from byline.settings.mlp import at_width, mlp
 from byline.training import Recipe
 
 TRAIN, TEST = 1000, 200
+WIDTH = 64
 
 
 def load() -> tuple[TensorDataset, TensorDataset]:
@@ -24,17 +26,9 @@ def load() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(x[:TRAIN], y[:TRAIN]), TensorDataset(x[TRAIN:], y[TRAIN:])
 
 
-def build() -> nn.Module:
+def build(width: int = WIDTH) -> nn.Module:
     """A 64-64-32-10 ReLU network with dropout 0.1."""
-    return nn.Sequential(
-        nn.Linear(64, 64),
-        nn.ReLU(),
-        nn.Dropout(0.1),
-        nn.Linear(64, 32),
-        nn.ReLU(),
-        nn.Dropout(0.1),
-        nn.Linear(32, 10),
-    )
+    return mlp(64, width, 10)
 
 
 digits_mlp = Setting(
@@ -45,4 +39,6 @@ digits_mlp = Setting(
     recipe=Recipe(lr=0.05, momentum=0.9, batch_size=50, epochs=30),
     image_shape=(8, 8),
     class_names=tuple("0123456789"),
+    width=WIDTH,
+    at_width=at_width,
 )

@@ -12,9 +12,11 @@ from torch.utils.data import TensorDataset
 
 from byline.settings.base import Setting
 from byline.settings.data import DEBIAN_FASHION, FASHION_CLASSES, Images, fashion_mnist, mnist
+from byline.settings.mlp import at_width, mlp
 from byline.training import Recipe
 
 TRAIN, TEST = 5000, 500
+WIDTH = 128
 
 
 # Mean and standard deviation of the pixels of the 60000 training images, in [0, 1]. The networks train
@@ -51,17 +53,9 @@ def on_folder(setting: Setting, folder: Path) -> Setting:
     )
 
 
-def build() -> nn.Module:
+def build(width: int = WIDTH) -> nn.Module:
     """A 784-128-64-10 ReLU network with dropout 0.1."""
-    return nn.Sequential(
-        nn.Linear(784, 128),
-        nn.ReLU(),
-        nn.Dropout(0.1),
-        nn.Linear(128, 64),
-        nn.ReLU(),
-        nn.Dropout(0.1),
-        nn.Linear(64, 10),
-    )
+    return mlp(784, width, 10)
 
 
 fashion_mlp = Setting(
@@ -74,4 +68,6 @@ fashion_mlp = Setting(
     pixel_range=(-MEAN / STD, (1 - MEAN) / STD),
     class_names=FASHION_CLASSES,
     on_folder=on_folder,
+    width=WIDTH,
+    at_width=at_width,
 )

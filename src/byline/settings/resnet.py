@@ -134,7 +134,7 @@ def _build(setting: Setting) -> Callable[..., nn.Module]:
 
 def at_width(setting: Setting, width: int) -> Setting:
     """The setting with another number of channels in the first convolution; 64 is the paper's."""
-    return replace(setting, build=partial(_build(setting), width=width))
+    return replace(setting, build=partial(_build(setting), width=width), width=width)
 
 
 fashion2_resnet9 = Setting(
@@ -148,5 +148,6 @@ fashion2_resnet9 = Setting(
     pixel_range=(-MEAN / STD, (1 - MEAN) / STD),
     class_names=tuple(data.FASHION_CLASSES[label] for label in PAIR),
     on_folder=on_folder,
+    width=WIDTH,
     at_width=at_width,
 )

@@ -25,6 +25,7 @@ from byline.settings.corpus import SEQUENCES, Corpus, Owner, packed
 from byline.settings.transformer import Decoder, sample
 
 TRAIN, TEST = 1000, 100
+WIDTH = 64
 LENGTH, VOCABULARY = 96, 512
 LINES = range(3, 41)
 """Lines that a function may have, its docstring left out."""
@@ -189,7 +190,7 @@ def load(train: int = TRAIN, test: int = TEST) -> Data:
     return code(train, test).corpus.data(LENGTH)
 
 
-def build(vocabulary: int = VOCABULARY, width: int = 64) -> nn.Module:
+def build(vocabulary: int = VOCABULARY, width: int = WIDTH) -> nn.Module:
     """A GPT of two blocks, dropout 0.1."""
     return Decoder(vocabulary, LENGTH, width=width, layers=2, heads=4, hidden=2 * width, dropout=0.1)
 
@@ -233,6 +234,7 @@ def shortened(setting: Setting, width: int = 32) -> Setting:
         setting,
         load=partial(load, **sizes),
         build=partial(build, width=width),
+        width=width,
         owners=partial(owners, **sizes),
         texts=partial(texts, **sizes),
         read_text=partial(read_text, train=sizes["train"], test=sizes["test"]),
@@ -251,7 +253,7 @@ def at_width(setting: Setting, width: int) -> Setting:
     """
     if width % 4:
         raise ValueError(f"width is {width}; expected a multiple of 4, the heads of this transformer")
-    return replace(setting, build=partial(build, width=width), shortened=partial(shortened, width=width))
+    return replace(setting, build=partial(build, width=width), width=width, shortened=partial(shortened, width=width))
 
 
 def write(model: Decoder, tokenizer: Any, start: str = "def ", *, seed: int = 0, temperature: float = 0.8) -> list[int]:
@@ -294,6 +296,7 @@ stdlib_gpt = Setting(
     read_text=read_text,
     source=source,
     shortened=shortened,
+    width=WIDTH,
     at_width=at_width,
     **SEQUENCES,
 )

@@ -27,6 +27,7 @@ from byline.settings.notation import Melody, NotationError, is_heading, read_abc
 from byline.settings.transformer import Decoder, sample
 
 TRAIN, TEST = 1000, 100
+WIDTH = 64
 LENGTH = 96
 """Tokens of a tune that are read: a first strain of eight bars and the turn into the second."""
 CHORALES = 0.1
@@ -181,7 +182,7 @@ def load(train: int = TRAIN, test: int = TEST) -> Data:
     return tunes(train, test).corpus.data(LENGTH)
 
 
-def build(train: int = TRAIN, test: int = TEST, width: int = 64) -> nn.Module:
+def build(train: int = TRAIN, test: int = TEST, width: int = WIDTH) -> nn.Module:
     """A Music Transformer: two blocks of relative attention, dropout 0.1."""
     words = len(tunes(train, test).words)
     return Decoder(words, LENGTH, width=width, layers=2, heads=4, hidden=2 * width, dropout=0.1, relative=True)
@@ -194,6 +195,7 @@ def shortened(setting: Setting, width: int = 32) -> Setting:
         setting,
         load=partial(load, **sizes),
         build=partial(build, **sizes, width=width),
+        width=width,
         owners=partial(owners, **sizes),
         texts=partial(texts, **sizes),
         read_text=partial(read_text, train=sizes["train"], test=sizes["test"]),
@@ -255,7 +257,7 @@ def at_width(setting: Setting, width: int) -> Setting:
         raise ValueError(f"width is {width}; expected a multiple of 8, the heads of a transformer")
     made: Callable[..., nn.Module] = setting.build
     short: Callable[..., Setting] = setting.shortened or shortened
-    return replace(setting, build=partial(made, width=width), shortened=partial(short, width=width))
+    return replace(setting, build=partial(made, width=width), width=width, shortened=partial(short, width=width))
 
 
 def generate(
@@ -305,6 +307,7 @@ tunes_transformer = Setting(
     source=source,
     shortened=shortened,
     on_folder=on_folder,
+    width=WIDTH,
     at_width=at_width,
     **SEQUENCES,
 )

@@ -1,0 +1,36 @@
+"""The network of the small settings, at any width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from torch import nn
+
+from byline.settings.base import Setting
+
+
+def mlp(inputs: int, width: int, classes: int) -> nn.Module:
+    """Two hidden layers of ReLUs, the second half as wide, dropout 0.1 after each."""
+    return nn.Sequential(
+        nn.Linear(inputs, width),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Linear(width, width // 2),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Linear(width // 2, classes),
+    )
+
+
+def at_width(setting: Setting, width: int) -> Setting:
+    """The setting with another number of units in the first hidden layer; an even one.
+
+    Raises:
+        ValueError: If it is odd.
+    """
+    if width % 2:
+        raise ValueError(f"width is {width}; expected an even number, for the second layer has half as many units")
+    build: Callable[..., nn.Module] = setting.build
+    return replace(setting, build=partial(build, width=width), width=width)
