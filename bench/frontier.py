@@ -287,8 +287,19 @@ STRATEGIES = (
     Strategy("5 short runs of half the width, int8", 5, "short", width=0.5, dtype="int8"),
     Strategy("5 short runs of a quarter of the width, int8", 5, "short", width=0.25, dtype="int8"),
     Strategy("3 checkpoints each of 3 short runs of half the width, int8", 3, "short", 3, width=0.5, dtype="int8"),
+    Strategy(
+        "short halves 8 of half the width, 3 checkpoints each, int8", 8, "short", 3, parts=2, width=0.5, dtype="int8"
+    ),
     Strategy("1 full run of half the width, embedding and head exact in Adam's metric", 1, width=0.5, **AT_ENDS),
     Strategy("3 full runs of half the width, embedding and head exact in Adam's metric", 3, width=0.5, **AT_ENDS),
+    Strategy(
+        "5 checkpoints of a short run of half the width, embedding and head exact in Adam's metric",
+        1,
+        "short",
+        5,
+        width=0.5,
+        **AT_ENDS,
+    ),
     Strategy(
         "5 full runs of a quarter of the width, embedding and head exact in Adam's metric", 5, width=0.25, **AT_ENDS
     ),
