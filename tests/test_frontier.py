@@ -43,7 +43,8 @@ def options(**given):
 @pytest.mark.parametrize("strategy", [s for s in frontier.STRATEGIES if s.members() <= 6 and not s.change])
 def test_every_variant_is_what_the_library_gives(setting, tmp_path, strategy):
     strategy = replace(strategy, columns=min(strategy.columns, 20))
-    ensemble, training, weights = frontier.Trainers(setting, tmp_path, 0).ensemble(strategy)
+    trainers = frontier.trainers_of(strategy, setting, tmp_path, 0)
+    setting, (ensemble, training, weights) = trainers.setting, trainers.ensemble(strategy)
     assert len(ensemble) == strategy.members()
     assert training.flops > 0
     assert weights > 0
@@ -153,6 +154,21 @@ def test_a_whole_name_asks_for_that_strategy_alone(setting):
     names = {s.name for s in frontier.chosen(options(only=["independent 1", "short halves"]), setting)}
     assert "independent 10" not in names
     assert {"independent 1", "short halves 2", "short halves 6"} < names
+
+
+def test_narrower_models_have_a_folder_of_their_own_and_cost_less(setting, tmp_path):
+    whole = frontier.STRATEGIES[0]
+    half = replace(whole, name="half", width=0.5)
+    found = [frontier.trainers_of(s, setting, tmp_path, 0) for s in (whole, half)]
+    assert [t.setting.width for t in found] == [64, 32]
+    (_, cost, weights), (ensemble, less, fewer) = (t.ensemble(s) for t, s in zip(found, (whole, half), strict=True))
+    assert less.flops < cost.flops / 2
+    assert fewer < weights
+    state = next(iter(ensemble.members())).weights.load()
+    assert {tuple(tensor.shape) for tensor in state.values()} >= {(32, 64), (16, 32), (10, 16)}
+    assert (tmp_path / "width-32").is_dir()
+    with pytest.raises(ValueError, match="the model of digits-mlp has one width"):
+        half.on(replace(setting, width=0))
 
 
 def test_parameters_are_chosen_by_pattern(setting):

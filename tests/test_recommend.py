@@ -101,6 +101,15 @@ def test_the_code_names_the_features_of_the_setting(dtype, last):
     assert f"features=byline.Factorized(2048, basis='pca'{last})).fit" in one.code
 
 
+def test_the_code_of_narrower_models_asks_for_one_and_changes_the_task():
+    data = setting("a")
+    data["rows"].append(row("small", 0.1, 1, 1, {"unweighted mean": [0.9]}, width=0.5))
+    (one,) = recommend("a", {}, count=1, data={"a": data})
+    said, line, *_ = one.code.splitlines()
+    assert said == "# narrow: your architecture, 0.5 times as wide, in eval mode"
+    assert line == "task = task.with_model(narrow)"
+
+
 def test_the_code_makes_shorter_runs_and_chooses_parameters():
     data = {**setting("a"), "features": "Factorized(2048, basis='pca')"}
     own = {"length": "brief", "params": ["head.*"], "exact": True, "dtype": "int8"}
@@ -153,6 +162,7 @@ def test_what_ships_is_there_and_every_advice_runs():
         "byline": byline,
         "dataclasses": dataclasses,
         "task": byline.Task(model),
+        "narrow": nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Dropout(0.1), nn.Linear(4, 2)).eval(),
         "train_set": train_set,
         "recipe": byline.Recipe(lr=0.05, batch_size=40, epochs=30),
     }

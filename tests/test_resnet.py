@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,9 @@ def test_settings_without_files_or_width_say_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--data is for settings"):
         settings.get("digits-mlp").variant(tmp_path)
     with pytest.raises(ValueError, match="--width is for settings"):
-        settings.get("fashion-mlp").variant(None, 8)
+        replace(settings.get("fashion-mlp"), at_width=None).variant(None, 8)
+    with pytest.raises(ValueError, match="width is 7; expected an even number"):
+        settings.get("digits-mlp").variant(None, 7)
     with pytest.raises(ValueError, match="width is 0"):
         settings.get("fashion2-resnet9").variant(None, 0)
 

@@ -175,3 +175,15 @@ def test_dataset_fingerprints_see_every_value_and_nothing_else():
     changed[3] = data[:3]
     assert len({one, *(batches.fingerprint(c) for c in changed)}) == 5
     assert batches.fingerprint([{"a": x, "b": "word"}]) != batches.fingerprint([{"a": x, "b": "ward"}])
+
+
+def test_a_task_of_another_model_asks_the_same_of_other_parameters():
+    wide, narrow = (nn.Sequential(nn.Linear(3, w), nn.ReLU(), nn.Linear(w, 2)).eval() for w in (8, 4))
+    task = byline.Task(wide, loss=lambda model, batch: model(batch[0])[:, 0], params="2.*")
+    other = task.with_model(narrow)
+    assert (task.model, other.model) == (wide, narrow)
+    batch = (torch.randn(5, 3), torch.zeros(5, dtype=torch.long))
+    torch.testing.assert_close(other.loss(other.model, batch), narrow(batch[0])[:, 0])
+    assert not other.selects("0.weight")
+    with pytest.raises(TypeError, match="model is a dict; expected a torch"):
+        task.with_model({})

@@ -83,8 +83,7 @@ class Task:
         residual: PerExample | None = None,
         params: ParamFilter | None = None,
     ):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+        _check_model(model)
         if isinstance(output, str) and output not in _NAMED:
             raise ValueError(f"output is {output!r}; expected one of {sorted(_NAMED)} or a callable f(model, batch)")
         if not isinstance(output, str) and not callable(output):
@@ -136,6 +135,20 @@ class Task:
         if self._residual is not None:
             residual = self.residual(model, batch)
         return value, _column(residual, batch, "residual").detach()
+
+    def with_model(self, model: nn.Module) -> Task:
+        """The same task of another model, say a narrower one that is trained on the same examples.
+
+        Args:
+            model: the module, in eval mode.
+
+        Raises:
+            TypeError: if it is no module.
+        """
+        _check_model(model)
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     def choosing(self, params: ParamFilter) -> Task:
         """The same task on other parameters."""
@@ -209,6 +222,11 @@ class Task:
     def __repr__(self) -> str:
         count = sum(p.numel() for n, p in self.model.named_parameters() if p.requires_grad and self.selects(n))
         return f"Task({type(self.model).__name__}, output={self.name!r}, {count:,} attributed parameters)"
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
 
 
 def source_of(value: Any, depth: int = 4) -> str:
