@@ -23,7 +23,7 @@ import byline
 from byline.ledger import Ledger, human_flops
 from byline.settings.workshop import Workshop
 from common import ROOT, environment, save, spread, table
-from frontier import STRATEGIES, Trainers, setting_of
+from frontier import STRATEGIES, setting_of, trainers_of
 
 ASKED = ("independent 5", "5 checkpoints of a short run")
 
@@ -55,13 +55,12 @@ def measure(options: argparse.Namespace, setting: Any, out: Path) -> list[dict[s
     named = {strategy.name: strategy for strategy in STRATEGIES}
     if unknown := set(options.strategies) - set(named):
         raise SystemExit(f"no strategy {', '.join(sorted(unknown))}; there are: {', '.join(named)}")
-    model, rows = setting.build(), []
+    rows = []
     for name in options.strategies:
-        ensembles = [
-            Trainers(setting, out / "frontier-models", seed).ensemble(named[name])[0] for seed in range(options.seeds)
-        ]
+        trainers = [trainers_of(named[name], setting, out / "frontier-models", seed) for seed in range(options.seeds)]
+        ensembles, model = [each.ensemble(named[name])[0] for each in trainers], named[name].on(setting).build()
         for title, chosen in selections(model):
-            task = setting.task() if chosen is None else setting.task().choosing(chosen)
+            task = setting.task(model) if chosen is None else setting.task(model).choosing(chosen)
             found = []
             for ensemble in ensembles:
                 ledger = Ledger()
