@@ -304,6 +304,16 @@ STRATEGIES = (
         "5 full runs of a quarter of the width, embedding and head exact in Adam's metric", 5, width=0.25, **AT_ENDS
     ),
     Strategy(
+        "1 full run of a quarter of the width, embedding and head exact in Adam's metric", 1, width=0.25, **AT_ENDS
+    ),
+    Strategy(
+        "2 full runs of a quarter of the width, 2000 columns of embedding and head in Adam's metric",
+        2,
+        width=0.25,
+        params=ENDS,
+        **{**ADAM, "columns": 2000},
+    ),
+    Strategy(
         "3 full runs of a quarter of the width, 1000 columns of embedding and head in Adam's metric",
         3,
         width=0.25,
