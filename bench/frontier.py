@@ -70,6 +70,7 @@ LATER: dict[str, Any] = {
     "params": (),
     "exact": False,
     "width": 1.0,
+    "simplest": False,
 }
 """What a strategy has that records of before do not name."""
 
@@ -96,6 +97,7 @@ class Strategy:
         params: Whose gradients are taken: patterns of names; all if empty.
         exact: Whether the features are exact where the setting's own are not.
         width: Of the models, over the setting's own: narrower models answer in place of those that are asked about.
+        simplest: Whether the setting's simplest model answers: a linear one, a table of bigrams.
         validation: The share that is held out to stop each run.
         paper: Whether it is in arXiv 2405.17293.
     """
@@ -119,13 +121,18 @@ class Strategy:
     params: tuple[str, ...] = ()
     exact: bool = False
     width: float = 1.0
+    simplest: bool = False
 
     def on(self, setting: Setting) -> Setting:
-        """The setting at the strategy's width, or itself.
+        """The setting at the strategy's width, or with its simplest model, or itself.
 
         Raises:
-            ValueError: If its model has one width.
+            ValueError: If its model has one width, or there is no simpler one.
         """
+        if self.simplest:
+            if setting.simplest is None:
+                raise ValueError(f"{setting.name} has no simpler model")
+            return replace(setting, build=setting.simplest, width=0)
         if self.width != 1 and not setting.width:
             raise ValueError(f"the model of {setting.name} has one width")
         return setting if self.width == 1 else setting.variant(width=round(self.width * setting.width))
@@ -283,6 +290,8 @@ STRATEGIES = (
         columns=1500,
         dtype="int8",
     ),
+    Strategy("1 short run of the simplest model, int8", 1, "short", simplest=True, dtype="int8"),
+    Strategy("1 short run of the simplest model, exact in Adam's metric", 1, "short", simplest=True, **WHOLE),
     Strategy("5 full runs of half the width, int8", 5, width=0.5, dtype="int8"),
     Strategy("5 short runs of half the width, int8", 5, "short", width=0.5, dtype="int8"),
     Strategy("5 short runs of a quarter of the width, int8", 5, "short", width=0.25, dtype="int8"),
@@ -465,9 +474,10 @@ class Trainers:
 
 
 def trainers_of(strategy: Strategy, setting: Any, folder: Path, seed: int) -> Trainers:
-    """What trains a strategy's models: the setting at its width, models of each width in a folder of their own."""
+    """What trains a strategy's models: the setting with its model, each kind of model in a folder of its own."""
     own = strategy.on(setting)
-    return Trainers(own, folder if own is setting else folder / f"width-{own.width}", seed)
+    name = "simplest" if strategy.simplest else f"width-{own.width}"
+    return Trainers(own, folder if own is setting else folder / name, seed)
 
 
 def _split(ensemble: Any, runs: int) -> list[Run]:

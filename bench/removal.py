@@ -36,6 +36,9 @@ ASKED = (
     "3 checkpoints each of 3 short runs",
     "5 short runs",
     "short halves 6",
+    "5 short runs of half the width, int8",
+    "3 checkpoints each of 3 short runs of half the width, int8",
+    "1 short run of the simplest model, int8",
 )
 DRAWS = 2000
 RANDOM = "as many random examples"

@@ -163,6 +163,7 @@ def test_what_ships_is_there_and_every_advice_runs():
         "dataclasses": dataclasses,
         "task": byline.Task(model),
         "narrow": nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Dropout(0.1), nn.Linear(4, 2)).eval(),
+        "simplest": nn.Linear(6, 2).eval(),
         "train_set": train_set,
         "recipe": byline.Recipe(lr=0.05, batch_size=40, epochs=30),
     }

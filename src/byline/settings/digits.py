@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from byline.settings.base import Setting
-from byline.settings.mlp import at_width, mlp
+from byline.settings.mlp import at_width, linear, mlp
 from byline.training import Recipe
 
 TRAIN, TEST = 1000, 200
@@ -41,4 +43,5 @@ digits_mlp = Setting(
     class_names=tuple("0123456789"),
     width=WIDTH,
     at_width=at_width,
+    simplest=partial(linear, 64, 10),
 )

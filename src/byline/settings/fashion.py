@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from byline.settings.base import Setting
 from byline.settings.data import DEBIAN_FASHION, FASHION_CLASSES, Images, fashion_mnist, mnist
-from byline.settings.mlp import at_width, mlp
+from byline.settings.mlp import at_width, linear, mlp
 from byline.training import Recipe
 
 TRAIN, TEST = 5000, 500
@@ -70,4 +71,5 @@ fashion_mlp = Setting(
     on_folder=on_folder,
     width=WIDTH,
     at_width=at_width,
+    simplest=partial(linear, 784, 10),
 )

@@ -19,7 +19,7 @@ from torch import nn
 from byline.features import Factorized
 from byline.settings.base import BankRecipe, Setting
 from byline.settings.corpus import Corpus, Owner
-from byline.settings.transformer import Decoder
+from byline.settings.transformer import Bigrams, Decoder
 from byline.training import Recipe
 
 LENGTH = 256
@@ -150,6 +150,7 @@ def setting(base: Setting, folder: Path) -> Setting:
         load=lambda: read(folder).data(LENGTH),
         build=build,
         width=WIDTH,
+        simplest=lambda: Bigrams(read(folder).vocabulary),
         owners=lambda: (read(folder).train_owners, read(folder).test_owners),
         texts=None,
         read_text=None,
@@ -171,6 +172,7 @@ def shortened(base: Setting, folder: Path, width: int = 32) -> Setting:
         load=lambda: read(folder, **few).data(few["length"]),
         build=build,
         width=width,
+        simplest=lambda: Bigrams(read(folder, **few).vocabulary),
         owners=lambda: (read(folder, **few).train_owners, read(folder, **few).test_owners),
         source=lambda: read(folder, **few).source,
         recipe=replace(base.recipe, epochs=2, lr=1e-3),

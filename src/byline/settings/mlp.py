@@ -24,6 +24,11 @@ def mlp(inputs: int, width: int, classes: int) -> nn.Module:
     )
 
 
+def linear(inputs: int, classes: int) -> nn.Module:
+    """Logits that are linear in the input."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, classes))
+
+
 def at_width(setting: Setting, width: int) -> Setting:
     """The setting with another number of units in the first hidden layer; an even one.
 

@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 from byline.settings import cifar, data
 from byline.settings.base import BankRecipe, Setting
 from byline.settings.fashion import MEAN, STD
+from byline.settings.mlp import linear
 from byline.training import Recipe
 
 WIDTH, FULL_WIDTH = 8, 64
@@ -123,6 +124,7 @@ def on_folder(setting: Setting, folder: Path) -> Setting:
         description="The paper's CIFAR-2: cats and dogs of CIFAR-10, 5000 train and 500 test, a ResNet-9.",
         load=lambda: load_cifar(folder),
         build=partial(_build(setting), channels=3),
+        simplest=partial(linear, 3 * 32 * 32, 2),
         image_shape=(3, 32, 32),
         class_names=("cat", "dog"),
     )
@@ -150,4 +152,5 @@ fashion2_resnet9 = Setting(
     on_folder=on_folder,
     width=WIDTH,
     at_width=at_width,
+    simplest=partial(linear, 28 * 28, 2),
 )

@@ -22,7 +22,7 @@ from torch import nn
 from byline.features import Factorized
 from byline.settings.base import BankRecipe, Data, Setting
 from byline.settings.corpus import SEQUENCES, Corpus, Owner, packed
-from byline.settings.transformer import Decoder, sample
+from byline.settings.transformer import Bigrams, Decoder, sample
 
 TRAIN, TEST = 1000, 100
 WIDTH = 64
@@ -298,5 +298,6 @@ stdlib_gpt = Setting(
     shortened=shortened,
     width=WIDTH,
     at_width=at_width,
+    simplest=partial(Bigrams, VOCABULARY),
     **SEQUENCES,
 )

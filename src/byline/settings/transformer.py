@@ -122,6 +122,23 @@ class Decoder(nn.Module):
         return self.head(self.norm(self.blocks(self.drop(x))))
 
 
+class Bigrams(nn.Module):
+    """Token ids (B, T) to logits (B, T, vocabulary) that depend on the token alone: a table, all zeros to begin with.
+
+    Args:
+        vocabulary: number of tokens.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocabulary, vocabulary)
+        nn.init.zeros_(self.table.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits of the token after each."""
+        return self.table(ids)
+
+
 @torch.no_grad()
 def sample(
     model: Decoder,

@@ -24,7 +24,7 @@ from byline.settings import midi
 from byline.settings.base import BankRecipe, Data, Setting
 from byline.settings.corpus import SEQUENCES, Corpus, Owner, packed
 from byline.settings.notation import Melody, NotationError, is_heading, read_abc, read_musicxml, to_abc
-from byline.settings.transformer import Decoder, sample
+from byline.settings.transformer import Bigrams, Decoder, sample
 
 TRAIN, TEST = 1000, 100
 WIDTH = 64
@@ -188,6 +188,11 @@ def build(train: int = TRAIN, test: int = TEST, width: int = WIDTH) -> nn.Module
     return Decoder(words, LENGTH, width=width, layers=2, heads=4, hidden=2 * width, dropout=0.1, relative=True)
 
 
+def bigrams(train: int = TRAIN, test: int = TEST) -> nn.Module:
+    """What the token alone says of the next."""
+    return Bigrams(len(tunes(train, test).words))
+
+
 def shortened(setting: Setting, width: int = 32) -> Setting:
     """A fifth of the tunes, few epochs, a narrow model."""
     sizes = {"train": 200, "test": 40}
@@ -196,6 +201,7 @@ def shortened(setting: Setting, width: int = 32) -> Setting:
         load=partial(load, **sizes),
         build=partial(build, **sizes, width=width),
         width=width,
+        simplest=partial(bigrams, **sizes),
         owners=partial(owners, **sizes),
         texts=partial(texts, **sizes),
         read_text=partial(read_text, train=sizes["train"], test=sizes["test"]),
@@ -309,6 +315,7 @@ tunes_transformer = Setting(
     on_folder=on_folder,
     width=WIDTH,
     at_width=at_width,
+    simplest=bigrams,
     **SEQUENCES,
 )
 
