@@ -171,6 +171,16 @@ def test_narrower_models_have_a_folder_of_their_own_and_cost_less(setting, tmp_p
         half.on(replace(setting, width=0))
 
 
+def test_the_simplest_model_is_linear(setting, tmp_path):
+    one = next(s for s in frontier.STRATEGIES if s.name == "1 short run of the simplest model, int8")
+    own = frontier.trainers_of(one, setting, tmp_path, 0).setting
+    x = setting.test_set.tensors[0]
+    model = own.build()
+    torch.testing.assert_close(model(x) + model(0 * x), model(x / 2) * 2)
+    with pytest.raises(ValueError, match="digits-mlp has no simpler model"):
+        one.on(replace(setting, simplest=None))
+
+
 def test_parameters_are_chosen_by_pattern(setting):
     first = next(iter(dict(setting.build().named_parameters())))
     narrow = replace(frontier.STRATEGIES[0], params=(first,))

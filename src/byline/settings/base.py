@@ -54,7 +54,7 @@ class Setting:
         on_folder: ``on_folder(setting, folder)`` gives the setting on the data files of a folder, where it reads files.
         width: Of the model, where it has several; 0 where it has one.
         at_width: ``at_width(setting, width)`` gives it with a wider or narrower model, where the model has a width.
-        simplest: Makes the simplest model of the same inputs and outputs, a linear one: what can be said without the model.
+        simplest: Makes the simplest model of the same inputs and outputs, a linear one: what data alone say.
         features: Makes the features of its comparison; exact ones where the gradients are small enough to be kept.
         batch_size: Examples that are differentiated at a time.
         group: Models that are trained side by side; of larger models one at a time is as quick.
