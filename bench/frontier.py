@@ -686,6 +686,9 @@ def published(setting_name: str, rows: list[dict[str, Any]]) -> list[dict[str, A
             every[row["name"]] = completed(old, row)
         else:
             print(f"{row['name']}: {old['seeds']} seeds are published; those of {row['seeds']} are left out")
+            if defined(old) == defined(row):
+                # what is known of another truth from fewer seeds is better than nothing
+                every[row["name"]] = {**old, "other": {**row["other"], **old["other"]}}
     one = every.get("independent 1")
     for row in every.values():
         if one is not None and row["name"].startswith("independent ") and row.get("refused") is None:

@@ -102,6 +102,7 @@ def test_published_rows_stay_where_there_are_no_records(capsys):
     assert names == sorted(names, key=order.index)
     few = {**old, "seeds": 1, "seed_list": [1], "space": 1.0}
     assert published("independent 5", few) == old, "fewer seeds do not replace more"
+    assert published("independent 5", {**few, "other": {"new": [0.3]}})["other"]["new"] == [0.3]
     assert "independent 5: 3 seeds are published" in capsys.readouterr().out
     assert frontier.published("a setting of mine", [new]) == [new]
 

@@ -55,6 +55,13 @@ def test_a_table_of_bigrams_looks_at_one_token_and_learns_how_often_which_follow
     ids = torch.tensor([[0, 1, 0, 1, 0, 1, 0, 2]])
     with torch.no_grad():
         assert (model(ids) == 0).all(), "all tokens are as likely before training"
+    anew = byline.train_ensemble(
+        task, [ids[0]], byline.Recipe(lr=1e-12, batch_size=1, epochs=1), models=1, progress=False
+    )
+    (member,) = anew.members()
+    assert all((tensor.abs() < 1e-6).all() for tensor in member.weights.load().values()), (
+        "training, too, begins with zeros"
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=5.0)
     for _ in range(400):
         optimizer.zero_grad()

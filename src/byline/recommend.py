@@ -205,7 +205,7 @@ def _code(strategy: Mapping[str, Any], features: str, hessian: str, residual: st
     options += [f"validation={strategy['validation']}"] if strategy["validation"] else []
     lines = []
     if strategy.get("simplest"):
-        lines += ["# simplest: a linear model of the same inputs, of tokens a table, nn.Embedding(V, V), in eval mode"]
+        lines += ["# simplest: a linear model of the same inputs, of tokens settings.transformer.Bigrams, in eval mode"]
         lines += ["task = task.with_model(simplest)"]
     if (width := strategy.get("width", 1)) != 1:
         lines += [f"# narrow: your architecture, {width:g} times as wide, in eval mode"]

@@ -132,6 +132,10 @@ class Bigrams(nn.Module):
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self.table = nn.Embedding(vocabulary, vocabulary)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """All tokens as likely after each."""
         nn.init.zeros_(self.table.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
