@@ -78,7 +78,10 @@ def bench(
     data: Annotated[
         Path | None, typer.Option("--data", help="Folder of IDX (MNIST's format), CIFAR-10 or MIDI files.")
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Of a ResNet (64 is the paper's), or transformer.")] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(help="Of the model: the first layer's units, channels or a token's; 64 is the paper's ResNet."),
+    ] = None,
     methods: Annotated[
         str | None, typer.Option(help="Methods, by comma, or all but the dear ones: see `byline methods`.")
     ] = None,
