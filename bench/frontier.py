@@ -71,6 +71,7 @@ LATER: dict[str, Any] = {
     "exact": False,
     "width": 1.0,
     "simplest": False,
+    "beside": "",
 }
 """What a strategy has that records of before do not name."""
 
@@ -98,6 +99,7 @@ class Strategy:
         exact: Whether the features are exact where the setting's own are not.
         width: Of the models, over the setting's own: narrower models answer in place of those that are asked about.
         simplest: Whether the setting's simplest model answers: a linear one, a table of bigrams.
+        beside: The name of a strategy whose scores are blended with these, `byline.blend`.
         validation: The share that is held out to stop each run.
         paper: Whether it is in arXiv 2405.17293.
     """
@@ -122,6 +124,7 @@ class Strategy:
     exact: bool = False
     width: float = 1.0
     simplest: bool = False
+    beside: str = ""
 
     def on(self, setting: Setting) -> Setting:
         """The setting at the strategy's width, or with its simplest model, or itself.
@@ -132,7 +135,7 @@ class Strategy:
         if self.simplest:
             if setting.simplest is None:
                 raise ValueError(f"{setting.name} has no simpler model")
-            return replace(setting, build=setting.simplest, width=0)
+            return replace(setting, build=setting.simplest, width=0, at_width=None, shortened=None)
         if self.width != 1 and not setting.width:
             raise ValueError(f"the model of {setting.name} has one width")
         return setting if self.width == 1 else setting.variant(width=round(self.width * setting.width))
@@ -292,6 +295,45 @@ STRATEGIES = (
     ),
     Strategy("1 short run of the simplest model, int8", 1, "short", simplest=True, dtype="int8"),
     Strategy("1 short run of the simplest model, exact in Adam's metric", 1, "short", simplest=True, **WHOLE),
+    Strategy(
+        "5 checkpoints of a short run, and the simplest model, int8",
+        1,
+        "short",
+        5,
+        dtype="int8",
+        beside="1 short run of the simplest model, int8",
+    ),
+    Strategy(
+        "3 checkpoints each of 3 short runs of half the width, and the simplest model, int8",
+        3,
+        "short",
+        3,
+        width=0.5,
+        dtype="int8",
+        beside="1 short run of the simplest model, int8",
+    ),
+    Strategy(
+        "1 short run of the simplest model, 3000 columns in Adam's metric",
+        1,
+        "short",
+        simplest=True,
+        **{**ADAM, "columns": 3000},
+    ),
+    Strategy(
+        "1 full run of a quarter of the width, 1000 columns of the head, and the simplest model, in Adam's metric",
+        1,
+        width=0.25,
+        params=("head.*",),
+        beside="1 short run of the simplest model, 3000 columns in Adam's metric",
+        **{**ADAM, "columns": 1000},
+    ),
+    Strategy(
+        "3 full runs of half the width, embedding and head exact, and the simplest model, in Adam's metric",
+        3,
+        width=0.5,
+        beside="1 short run of the simplest model, exact in Adam's metric",
+        **AT_ENDS,
+    ),
     Strategy("5 full runs of half the width, int8", 5, width=0.5, dtype="int8"),
     Strategy("5 short runs of half the width, int8", 5, "short", width=0.5, dtype="int8"),
     Strategy("5 short runs of a quarter of the width, int8", 5, "short", width=0.25, dtype="int8"),
@@ -489,12 +531,44 @@ def _split(ensemble: Any, runs: int) -> list[Run]:
     return list(out.values())
 
 
-def measure(strategy: Strategy, trainers: Trainers, truths: Sequence[Any], hessians: Sequence[str]) -> dict[str, Any]:
+def measure(
+    strategy: Strategy, setting: Any, models: Path, seed: int, truths: Sequence[Any], hessians: Sequence[str]
+) -> dict[str, Any]:
     """One strategy, trained with one seed, under every Hessian and residual."""
+    record, scores, damping = scored(strategy, trainers_of(strategy, setting, models, seed), hessians)
+    if strategy.beside:
+        other = next(s for s in STRATEGIES if s.name == strategy.beside)
+        more, others, _ = scored(other, trainers_of(other, setting, models, seed), hessians)
+        scores = {key: byline.blend(*map(byline.Scores, (scores[key], others[key]))).values for key in others}
+        for part in ("training", "fitting", "serving"):
+            record[part] = {name: value + more[part][name] for name, value in record[part].items()}
+        for part in ("models", "space", "members"):
+            record[part] += more[part]
+    variants = []
+    for (hessian, residual), values in scores.items():
+        found, *rest = [byline.lds(values, bank, bootstrap=200) for bank in truths]
+        variants.append(
+            {
+                "hessian": hessian,
+                "residual": residual,
+                "lds": found.mean,
+                "interval": list(found.interval),
+                "other": rest[0].mean if rest else None,
+                "damping": damping[hessian],
+            }
+        )
+    return {**record, "variants": variants}
+
+
+def scored(
+    strategy: Strategy, trainers: Trainers, hessians: Sequence[str]
+) -> tuple[dict[str, Any], dict[tuple[str, str], np.ndarray], dict[str, float]]:
+    """What a strategy costs; its scores, (n_test, n_train), by Hessian and residual; the damping of each Hessian."""
     setting = trainers.setting
     ensemble, training, weights = trainers.ensemble(strategy)
     features = strategy.features(setting)
-    variants: list[dict[str, Any]] = []
+    scores: dict[tuple[str, str], np.ndarray] = {}
+    damping: dict[str, float] = {}
     record: dict[str, Any] = {"training": plain(training), "models": ensemble.trained_models()}
     store = None
     for hessian in hessians:
@@ -508,17 +582,8 @@ def measure(strategy: Strategy, trainers: Trainers, truths: Sequence[Any], hessi
         attributor.fit(setting.train_set)
         kernel = attributor.study(setting.test_set)
         for residual, q in attributor.residuals_of_each().items():
-            found, *other = [byline.lds(kernel * q.numpy(), bank, bootstrap=200) for bank in truths]
-            variants.append(
-                {
-                    "hessian": hessian,
-                    "residual": residual,
-                    "lds": found.mean,
-                    "interval": list(found.interval),
-                    "other": other[0].mean if other else None,
-                    "damping": attributor.info()["damping_median"],
-                }
-            )
+            scores[hessian, residual] = kernel * q.numpy()
+        damping[hessian] = attributor.info()["damping_median"]
         if store is None:
             store = attributor.store
             serving = replace(ledger.serving, seconds=max(0.0, ledger.serving.seconds - attributor.aside))
@@ -527,7 +592,7 @@ def measure(strategy: Strategy, trainers: Trainers, truths: Sequence[Any], hessi
                 "serving": plain(serving.scaled(1 / len(setting.test_set))),
                 "space": weights + store.nbytes(),
             }
-    return {**record, "members": len(ensemble), "variants": variants}
+    return {**record, "members": len(ensemble)}, scores, damping
 
 
 def run(options: argparse.Namespace, setting: Any, out: Path) -> None:
@@ -548,13 +613,12 @@ def run(options: argparse.Namespace, setting: Any, out: Path) -> None:
     done, spent = 0, 0.0
     for number, (strategy, seed) in enumerate(work, 1):
         path = out / "records" / f"{strategy.slug}-{seed}.json"
-        key = shop.key(part="frontier", strategy=strategy.key(), seed=seed, **asked)
+        key = shop.key(part="frontier", strategy=strategy.key(), seed=seed, **asked, **others(strategy, setting))
         if path.exists() and json.loads(path.read_text(encoding="utf-8"))["key"] == key and not options.again:
             continue
         start = time.perf_counter()
         try:
-            trainers = trainers_of(strategy, setting, models, seed)
-            made = measure(strategy, trainers, truths, options.hessians)
+            made = measure(strategy, setting, models, seed, truths, options.hessians)
         except (ValueError, TypeError) as error:
             # a model without dropout, a task without Q: the table says so
             made = {"refused": str(error)}
@@ -566,6 +630,15 @@ def run(options: argparse.Namespace, setting: Any, out: Path) -> None:
         left = spent / done * (len(work) - number) / 60
         place = f"{number} of {len(work)}: {strategy.name}, seed {seed}"
         tell(f"{place}: {said} ({taken:.0f} s; about {left:.0f} min left)")
+
+
+def others(strategy: Strategy, setting: Any) -> dict[str, Any]:
+    """What a record depends on beside the setting, where other models than its own vote."""
+    try:
+        own = strategy.on(setting)
+    except ValueError:
+        return {}
+    return {} if own is setting else {"trainer": own.trainer().describe()}
 
 
 def other_class(setting: Setting) -> Setting:

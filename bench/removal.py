@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 import byline
 from byline.evaluate.measure import mean_interval
+from byline.settings.workshop import Workshop
 from common import ROOT, environment, save, table
 from frontier import STRATEGIES, Strategy, setting_of, trainers_of
 
@@ -47,8 +48,9 @@ MODELS = 1000
 
 
 def scores_of(strategy: Strategy, setting: Any, out: Path, seed: int) -> np.ndarray:
-    """(n_test, n_train) TRAK's scores with its defaults; a file of them is taken as it is."""
-    kept = out / "removal" / f"scores-{strategy.slug}-{seed}.safetensors"
+    """(n_test, n_train) TRAK's scores with its defaults, kept in a file."""
+    key = Workshop(setting, out, print, progress=False).key(part="scores", strategy=strategy.key(), seed=seed)
+    kept = out / "removal" / f"scores-{strategy.slug}-{key}.safetensors"
     if kept.exists():
         return load_file(kept)["scores"]
     trainers = trainers_of(strategy, setting, out / "frontier-models", seed)
@@ -63,6 +65,15 @@ def scores_of(strategy: Strategy, setting: Any, out: Path, seed: int) -> np.ndar
     save_file({"scores": np.ascontiguousarray(found)}, part)
     part.replace(kept)
     return found
+
+
+def refusal(strategy: Strategy, setting: Any) -> str:
+    """Why a setting has no such models, or nothing."""
+    try:
+        strategy.on(setting)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def removal(
@@ -114,6 +125,10 @@ def main() -> None:
     named = {strategy.name: strategy for strategy in STRATEGIES}
     if unknown := {*options.only, options.reference} - set(named):
         raise SystemExit(f"no strategy {', '.join(sorted(unknown))}; there are: {', '.join(named)}")
+    if options.only is ASKED:
+        options.only = [name for name in ASKED if not refusal(named[name], setting)]
+    if refused := [f"{name}: {said}" for name in options.only if (said := refusal(named[name], setting))]:
+        raise SystemExit("; ".join(refused))
     if options.leave_one_out in (1, 2):
         raise SystemExit(f"--leave-one-out is {options.leave_one_out}; a correlation needs at least 3, 0 is for none")
     folder, rows = out / "removal", []

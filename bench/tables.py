@@ -217,7 +217,8 @@ def frontier(result: dict[str, Any]) -> str:
         for what, variant, _ in shown:
             values = row[what].get(variant, [])
             spread += [statistics.stdev(values)] if len(values) > 1 else []
-            cells.append(f"{statistics.fmean(values):.3f}" if values else "–")
+            part = f" ({len(values)} seed{'s' * (len(values) > 1)})" if 0 < len(values) < row["seeds"] else ""
+            cells.append(f"{statistics.fmean(values):.3f}{part}" if values else "–")
         few = f" ({row['seeds']} seed{'s' * (row['seeds'] > 1)})" if row["seeds"] < most else ""
         lines.append(
             f"| {row['name']}{'*' * row['paper']}{few} | {row['trainings']:.2f} | {' | '.join([*costs, *cells])} |"

@@ -83,6 +83,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     setting = setting_of(options.setting)
+    try:
+        for width in options.widths:
+            Strategy("", width=width).on(setting)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     rows = measure(options, setting, options.out or ROOT / "runs" / "frontier" / options.setting)
     whole = next((row["training"] for row in rows if (row["length"], row["width"]) == ("full", 1)), rows[0]["training"])
     header = ["runs", "width", "parameters", "training", "serving a query", "test loss", "mean Q", "LDS", "W"]

@@ -182,6 +182,29 @@ def test_the_simplest_model_is_linear(setting, tmp_path):
         one.on(replace(setting, simplest=None))
 
 
+def test_scores_of_two_strategies_are_blended_and_their_costs_added(setting, tmp_path, monkeypatch):
+    one, other = frontier.Strategy("one", 1, "short"), frontier.Strategy("other", 1, "short", simplest=True)
+    both = replace(one, name="both", beside="other")
+    monkeypatch.setattr(frontier, "STRATEGIES", (one, other, both))
+    truth = byline.retrain(
+        setting.trainer(), setting.train_set, test_set=setting.test_set, task=setting.task(), subsets=8, seeds=1,
+        progress=False,
+    )  # fmt: skip
+    found = [frontier.measure(s, setting, tmp_path, 0, [truth], ["unweighted"]) for s in (one, other, both)]
+    for what in ("training", "serving"):
+        assert found[2][what]["flops"] == pytest.approx(found[0][what]["flops"] + found[1][what]["flops"])
+    assert found[2]["space"] == found[0]["space"] + found[1]["space"]
+    assert found[2]["members"] == found[2]["models"] == 2
+    scores = []
+    for s in (one, other):
+        trainers = frontier.trainers_of(s, setting, tmp_path, 0)
+        voters, task = trainers.ensemble(s)[0], trainers.setting.task()
+        scores.append(byline.TRAK(task, voters, progress=False).fit(setting.train_set).attribute(setting.test_set))
+    by_hand = byline.lds(byline.blend(*scores), truth).mean
+    assert found[2]["variants"][0]["lds"] == pytest.approx(by_hand, abs=1e-3)
+    assert found[0]["variants"][0]["lds"] != pytest.approx(by_hand, abs=1e-3)
+
+
 def test_parameters_are_chosen_by_pattern(setting):
     first = next(iter(dict(setting.build().named_parameters())))
     narrow = replace(frontier.STRATEGIES[0], params=(first,))
@@ -263,6 +286,14 @@ def test_removal_says_how_far_outputs_fall(setting, tmp_path, monkeypatch, capsy
     gone = np.flatnonzero(~bank.subsets[1 + 1])
     assert set(gone) == set(scores.top(5)[1].proponents.indices)
     assert first["moved"][0][1] == pytest.approx(float(bank.outputs[0, 0, 1] - bank.outputs[2, 0, 1]), rel=1e-5)
+    assert len(list((tmp_path / "removal").glob("scores-*.safetensors"))) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(byline, "TRAK", None)
+        run("removal", setting, patched, *given)  # started again, it does not score again
+        assert capsys.readouterr().out == said
+    narrow = "5 full runs of half the width, int8"
+    with pytest.raises(SystemExit, match=f"{narrow}: the model of digits-mlp has one width"):
+        run("removal", replace(setting, width=0), monkeypatch, "--out", tmp_path, "--only", narrow, "independent 25")
     with pytest.raises(SystemExit, match="no strategy nonsense"):
         run("removal", setting, monkeypatch, "--out", tmp_path, "--only", "nonsense")
 

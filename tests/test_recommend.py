@@ -110,6 +110,15 @@ def test_the_code_of_narrower_models_asks_for_one_and_changes_the_task():
     assert line == "task = task.with_model(narrow)"
 
 
+def test_a_simplest_model_is_advice_for_the_settings_that_have_one():
+    data = setting("a")
+    data["rows"].append(row("linear", 0.0, 1, 1, {"unweighted mean": [0.9]}, simplest=True))
+    (one,) = recommend("a", {}, count=1, data={"a": data})
+    assert (one.strategy, one.code.splitlines()[1]) == ("linear", "task = task.with_model(simplest)")
+    task = byline.Task(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.1)).eval())
+    assert "linear" not in {a.strategy for a in recommend(task, {}, count=99, data={"a": data})}
+
+
 def test_the_code_makes_shorter_runs_and_chooses_parameters():
     data = {**setting("a"), "features": "Factorized(2048, basis='pca')"}
     own = {"length": "brief", "params": ["head.*"], "exact": True, "dtype": "int8"}

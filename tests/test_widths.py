@@ -34,7 +34,6 @@ def test_half_the_width_has_fewer_parameters_and_the_same_outputs(name: str) -> 
     whole = settings.get(name)
     half = whole.variant(width=whole.width // 2)
     assert half.width == whole.width // 2
-    assert [half.recipe, half.bank_recipe] == [whole.recipe, whole.bank_recipe]
     wide, narrow, simple = (s() for s in (whole.build, half.build, whole.simplest))
     counts = [sum(p.numel() for p in m.parameters()) for m in (narrow, wide)]
     assert counts[0] < 0.6 * counts[1]

@@ -7,6 +7,7 @@ run. Importing byline touches neither the network nor the disk.
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
+from byline.blend import blend
 from byline.ensembles import (
     CrossFit,
     Dropout,
@@ -94,6 +95,7 @@ __all__ = [
     "Trajectory",
     "Votes",
     "WeightNoise",
+    "blend",
     "brittleness",
     "class_detection",
     "flip_labels",

@@ -156,8 +156,9 @@ def _like(task: Task, every: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 
 
 def _refuses(model: nn.Module, strategy: Mapping[str, Any]) -> bool:
-    """Whether a strategy needs dropout layers, and the model has none, or names another model's parameters."""
-    if strategy.get("params"):
+    """Whether a strategy needs dropout layers that the model lacks, or parameters or a model of a setting."""
+    if strategy.get("params") or strategy.get("simplest") or strategy.get("beside"):
+        # what the simplest model costs goes by a setting's vocabulary and inputs
         return True
     drops = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in model.modules())
     return strategy["change"] in ("dropout", "forward-only") and not drops
@@ -205,7 +206,7 @@ def _code(strategy: Mapping[str, Any], features: str, hessian: str, residual: st
     options += [f"validation={strategy['validation']}"] if strategy["validation"] else []
     lines = []
     if strategy.get("simplest"):
-        lines += ["# simplest: a linear model of the same inputs, of tokens settings.transformer.Bigrams, in eval mode"]
+        lines += ["# simplest: a linear model of the same inputs, of tokens byline.settings.transformer.Bigrams(V)"]
         lines += ["task = task.with_model(simplest)"]
     if (width := strategy.get("width", 1)) != 1:
         lines += [f"# narrow: your architecture, {width:g} times as wide, in eval mode"]
@@ -250,4 +251,6 @@ def _code(strategy: Mapping[str, Any], features: str, hessian: str, residual: st
     method += [f'hessian="{hessian}"'] if hessian != "unweighted" else []
     method += [f'residual="{residual}"'] if residual != "mean" else []
     lines.append(f"attributor = byline.TRAK({', '.join(method)}).fit(train_set)")
+    if strategy.get("beside"):
+        lines.append(f"# its scores by byline.blend with those of: {strategy['beside']}")
     return "\n".join(lines)

@@ -164,7 +164,7 @@ def shortened(base: Setting, folder: Path, width: int = 32) -> Setting:
     """The same files, few of their windows, and a narrow model."""
     few = {"train": 200, "test": 20, "length": 64}
 
-    def build() -> nn.Module:
+    def build(width: int = width) -> nn.Module:
         return Decoder(read(folder, **few).vocabulary, few["length"], width, 2, 4, 2 * width, 0.1, True)
 
     return replace(

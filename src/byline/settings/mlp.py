@@ -38,4 +38,5 @@ def at_width(setting: Setting, width: int) -> Setting:
     if width % 2:
         raise ValueError(f"width is {width}; expected an even number, for the second layer has half as many units")
     build: Callable[..., nn.Module] = setting.build
-    return replace(setting, build=partial(build, width=width), width=width)
+    said = f"{setting.description} Here with {width} and {width // 2} hidden units."
+    return replace(setting, build=partial(build, width=width), width=width, description=said)
