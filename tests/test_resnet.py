@@ -62,6 +62,7 @@ def test_the_same_setting_reads_cifar_at_the_papers_width(tmp_path: Path) -> Non
     assert (len(setting.train_set), len(setting.test_set)) == (5000, 500)
     x, y = setting.train_set.tensors
     assert x.shape == (5000, 3, 32, 32)
+    assert setting.simplest()(x[:2]).shape == setting.build().eval()(x[:2]).shape == (2, 2)
     assert set(y.tolist()) == {0, 1}
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     model = setting.build().eval()

@@ -382,7 +382,9 @@ def test_a_folder_of_midi_gives_the_papers_size(tmp_path: Path) -> None:
     assert (setting.recipe.optimizer, setting.recipe.lr, setting.recipe.epochs) == ("adam", 1e-4, 20)
     narrow = setting.variant(width=16)
     short = narrow.shortened(narrow)
-    assert short.build().tokens.embedding_dim == 16
+    assert short.build().tokens.embedding_dim == short.width == 16
+    assert short.variant(width=24).build().tokens.embedding_dim == 24
+    assert len(short.simplest().table.weight) == short.build().tokens.num_embeddings
     assert short.task().output(short.build().eval(), short.test_set[:2]).isfinite().all()
 
 
