@@ -11,7 +11,6 @@ quarter and at half of its width: 1 where they span the same, 0.25 and 0.5 by ch
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,13 @@ import torch
 
 import byline
 from byline.features import directions, factorized
-from common import ROOT, environment, save, table
-from frontier import STRATEGIES, Trainers, setting_of
+from common import environment, save, table
+from frontier import Trainers, arguments, folder_of, named, setting_of
 
 
 def overlaps(setting: Any, out: Path, preconditioned: bool) -> list[dict[str, Any]]:
     """A row per factor, in the order in which their bases are learnt."""
-    strategy = next(s for s in STRATEGIES if s.name == "independent 1")
+    (strategy,) = named("independent 1")
     ensemble, _, _ = Trainers(setting, out / "frontier-models", 0).ensemble(strategy)
     rows: list[dict[str, Any]] = []
 
@@ -53,14 +52,11 @@ def overlaps(setting: Any, out: Path, preconditioned: bool) -> list[dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", default="digits-mlp")
-    parser.add_argument("--out", type=Path, help="run folder; runs/frontier/<setting> by default")
+    parser = arguments(__doc__)
     parser.add_argument("--preconditioned", action="store_true", help="of gradients in Adam's metric")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    out = options.out or ROOT / "runs" / "frontier" / options.setting
-    rows = overlaps(setting_of(options.setting), out, options.preconditioned)
+    rows = overlaps(setting_of(options.setting), folder_of(options), options.preconditioned)
     body = [[str(r["width"]), f"{r['quarter']:.2f}", f"{r['half']:.2f}", "yes" * r["coordinates"]] for r in rows]
     print(table(["width", "at a quarter", "at half", "coordinates"], body))
     if options.json:

@@ -62,17 +62,7 @@ LATE = ("6.*", "8.*", "12.*")
 ADAPTERS = {"rank": 8, "epochs": 3, "lr": 1e-3}
 
 
-LATER: dict[str, Any] = {
-    "rank": 0,
-    "dtype": "float32",
-    "preconditioned": False,
-    "components": 0,
-    "params": (),
-    "exact": False,
-    "width": 1.0,
-    "simplest": False,
-    "beside": "",
-}
+LATER = {"rank", "dtype", "preconditioned", "components", "params", "exact", "width", "simplest", "beside"}
 """What a strategy has that records of before do not name."""
 
 
@@ -135,10 +125,14 @@ class Strategy:
         if self.simplest:
             if setting.simplest is None:
                 raise ValueError(f"{setting.name} has no simpler model")
-            return replace(setting, build=setting.simplest, width=0, at_width=None, shortened=None)
-        if self.width != 1 and not setting.width:
+            own = replace(setting, build=setting.simplest, width=0, at_width=None, shortened=None)
+        elif self.width == 1:
+            return setting
+        elif setting.width:
+            own = setting.variant(width=round(self.width * setting.width))
+        else:
             raise ValueError(f"the model of {setting.name} has one width")
-        return setting if self.width == 1 else setting.variant(width=round(self.width * setting.width))
+        return replace(own, load=lambda: (setting.train_set, setting.test_set))  # read once
 
     def task(self, setting: Any) -> Any:
         """The setting's, on its parameters."""
@@ -162,7 +156,11 @@ class Strategy:
 
     def key(self) -> dict[str, Any]:
         """What a record of it is found by; fields that came later count where they are used."""
-        return {name: value for name, value in asdict(self).items() if LATER.get(name) != value}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in LATER or value != getattr(type(self), name)
+        }
 
     @property
     def slug(self) -> str:
@@ -377,6 +375,23 @@ STRATEGIES = (
 )
 
 
+def named(*names: str) -> list[Strategy]:
+    """The strategies of these names; anything else ends the script."""
+    known = {strategy.name: strategy for strategy in STRATEGIES}
+    if unknown := set(names) - set(known):
+        raise SystemExit(f"no strategy {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
+    return [known[name] for name in names]
+
+
+def refusal(strategy: Strategy, setting: Any) -> str:
+    """Why a setting has no models for a strategy, or nothing."""
+    try:
+        strategy.on(setting)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def length(name: str, epochs: int) -> int:
     """The epochs of a run: "full"; "short", a third but five where there are as many; "brief", a fifth but three."""
     part, least = SHORTER.get(name, (1, 1))
@@ -537,7 +552,7 @@ def measure(
     """One strategy, trained with one seed, under every Hessian and residual."""
     record, scores, damping = scored(strategy, trainers_of(strategy, setting, models, seed), hessians)
     if strategy.beside:
-        other = next(s for s in STRATEGIES if s.name == strategy.beside)
+        (other,) = named(strategy.beside)
         more, others, _ = scored(other, trainers_of(other, setting, models, seed), hessians)
         scores = {key: byline.blend(*map(byline.Scores, (scores[key], others[key]))).values for key in others}
         for part in ("training", "fitting", "serving"):
@@ -634,10 +649,7 @@ def run(options: argparse.Namespace, setting: Any, out: Path) -> None:
 
 def others(strategy: Strategy, setting: Any) -> dict[str, Any]:
     """What a record depends on beside the setting, where other models than its own vote."""
-    try:
-        own = strategy.on(setting)
-    except ValueError:
-        return {}
+    own = setting if refusal(strategy, setting) else strategy.on(setting)
     return {} if own is setting else {"trainer": own.trainer().describe()}
 
 
@@ -909,10 +921,21 @@ def setting_of(name: str) -> Any:
     return Setting(name, "a case of bench/damping.py", load, build, recipe, output=output)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What this script and those beside it are asked: which setting, in which folder."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", default="digits-mlp")
-    parser.add_argument("--out", type=Path, help="run folder; runs/frontier/<setting> by default")
+    parser.add_argument("--out", type=Path, help="folder of the frontier; runs/frontier/<setting> by default")
+    return parser
+
+
+def folder_of(options: argparse.Namespace) -> Path:
+    """Where the models, the bank and the records are."""
+    return options.out or ROOT / "runs" / "frontier" / options.setting
+
+
+def main() -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0, help="leave out the seeds before; see --earlier")
     parser.add_argument("--only", nargs="*", help="strategies of these names, or whose names contain one of these")
@@ -928,7 +951,7 @@ def main() -> None:
     parser.add_argument("--earlier", action="store_true", help="show and keep published rows without records here too")
     parser.add_argument("--table", action="store_true", help="only show what is there")
     options = parser.parse_args()
-    out = options.out or ROOT / "runs" / "frontier" / options.setting
+    out = folder_of(options)
     setting = setting_of(options.setting)
     if options.other_class:
         if options.publish:

@@ -22,8 +22,8 @@ from torch import nn
 import byline
 from byline.ledger import Ledger, human_flops
 from byline.settings.workshop import Workshop
-from common import ROOT, environment, save, spread, table
-from frontier import STRATEGIES, setting_of, trainers_of
+from common import environment, save, spread, table
+from frontier import arguments, folder_of, named, setting_of, trainers_of
 
 ASKED = ("independent 5", "5 checkpoints of a short run")
 
@@ -51,41 +51,39 @@ def selections(model: nn.Module) -> Iterator[tuple[str, Callable[[str], bool] | 
 
 def measure(options: argparse.Namespace, setting: Any, out: Path) -> list[dict[str, Any]]:
     """A row per strategy and selection, with the LDS of every seed."""
+    strategies = named(*options.strategies)
     bank = Workshop(setting, out, print, progress=False).bank(setting.bank_recipe)
-    named = {strategy.name: strategy for strategy in STRATEGIES}
-    if unknown := set(options.strategies) - set(named):
-        raise SystemExit(f"no strategy {', '.join(sorted(unknown))}; there are: {', '.join(named)}")
     rows = []
-    for name in options.strategies:
-        trainers = [trainers_of(named[name], setting, out / "frontier-models", seed) for seed in range(options.seeds)]
-        ensembles, model = [each.ensemble(named[name])[0] for each in trainers], named[name].on(setting).build()
+    for strategy in strategies:
+        trainers = [trainers_of(strategy, setting, out / "frontier-models", seed) for seed in range(options.seeds)]
+        ensembles, model = [each.ensemble(strategy)[0] for each in trainers], strategy.on(setting).build()
         for title, chosen in selections(model):
             task = setting.task(model) if chosen is None else setting.task(model).choosing(chosen)
             found = []
             for ensemble in ensembles:
                 ledger = Ledger()
                 attributor = byline.TRAK(
-                    task, ensemble, features=named[name].features(setting), batch_size=setting.batch_size,
+                    task, ensemble, features=strategy.features(setting), batch_size=setting.batch_size,
                     ledger=ledger, progress=False,
                 ).fit(setting.train_set)  # fmt: skip
                 found.append(byline.lds(attributor.attribute(setting.test_set), bank, bootstrap=0).mean)
             flops = ledger.serving.flops / len(setting.test_set)
             count = sum(p.numel() for n, p in model.named_parameters() if chosen is None or chosen(n))
-            rows.append({"strategy": name, "layers": title, "parameters": count, "serving": flops, "lds": found})
-            print(f"  {name}, {title}: {spread(found)}", file=sys.stderr, flush=True)
+            rows.append(
+                {"strategy": strategy.name, "layers": title, "parameters": count, "serving": flops, "lds": found}
+            )
+            print(f"  {strategy.name}, {title}: {spread(found)}", file=sys.stderr, flush=True)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", default="digits-mlp")
-    parser.add_argument("--out", type=Path, help="folder of the frontier; runs/frontier/<setting> by default")
+    parser = arguments(__doc__)
     parser.add_argument("--strategies", nargs="+", default=ASKED, help="names of strategies of bench/frontier.py")
     parser.add_argument("--seeds", type=int, default=3, help="ensembles of each strategy (%(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     setting = setting_of(options.setting)
-    rows = measure(options, setting, options.out or ROOT / "runs" / "frontier" / options.setting)
+    rows = measure(options, setting, folder_of(options))
     body = [
         [row["strategy"], row["layers"], f"{row['parameters']:,}", human_flops(row["serving"]), spread(row["lds"])]
         for row in rows

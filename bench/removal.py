@@ -26,8 +26,8 @@ from safetensors.numpy import load_file, save_file
 import byline
 from byline.evaluate.measure import mean_interval
 from byline.settings.workshop import Workshop
-from common import ROOT, environment, save, table
-from frontier import STRATEGIES, Strategy, setting_of, trainers_of
+from common import environment, save, table
+from frontier import Strategy, arguments, folder_of, named, others, refusal, setting_of, trainers_of
 
 ASKED = (
     "independent 1",
@@ -49,31 +49,24 @@ MODELS = 1000
 
 def scores_of(strategy: Strategy, setting: Any, out: Path, seed: int) -> np.ndarray:
     """(n_test, n_train) TRAK's scores with its defaults, kept in a file."""
-    key = Workshop(setting, out, print, progress=False).key(part="scores", strategy=strategy.key(), seed=seed)
+    shop = Workshop(setting, out, print, progress=False)
+    key = shop.key(part="scores", strategy=strategy.key(), seed=seed, **others(strategy, setting))
     kept = out / "removal" / f"scores-{strategy.slug}-{key}.safetensors"
     if kept.exists():
         return load_file(kept)["scores"]
     trainers = trainers_of(strategy, setting, out / "frontier-models", seed)
-    setting, (ensemble, _, _) = trainers.setting, trainers.ensemble(strategy)
+    own, (ensemble, _, _) = trainers.setting, trainers.ensemble(strategy)
     attributor = byline.TRAK(
-        strategy.task(setting), ensemble, features=strategy.features(setting), progress=False,
-        batch_size=setting.batch_size,
-    )  # fmt: skip
-    found = attributor.fit(setting.train_set).attribute(setting.test_set).values
+        strategy.task(own), ensemble, features=strategy.features(own), progress=False, batch_size=own.batch_size
+    )
+    found = attributor.fit(own.train_set).attribute(own.test_set).values
+    for other in named(strategy.beside) if strategy.beside else ():
+        found = byline.blend(byline.Scores(found), byline.Scores(scores_of(other, setting, out, seed))).values
     kept.parent.mkdir(parents=True, exist_ok=True)
     part = kept.with_suffix(".part")
     save_file({"scores": np.ascontiguousarray(found)}, part)
     part.replace(kept)
     return found
-
-
-def refusal(strategy: Strategy, setting: Any) -> str:
-    """Why a setting has no such models, or nothing."""
-    try:
-        strategy.on(setting)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def removal(
@@ -104,9 +97,7 @@ def without_each(setting: Any, folder: Path, options: argparse.Namespace) -> byl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", default="digits-mlp")
-    parser.add_argument("--out", type=Path, help="folder of the frontier; runs/frontier/<setting> by default")
+    parser = arguments(__doc__)
     parser.add_argument(
         "--seeds", type=int, default=1, help="ensembles of each strategy; leave-one-out takes the first"
     )
@@ -121,25 +112,23 @@ def main() -> None:
     options = parser.parse_args()
     options.sizes = sorted(set(options.sizes))
     setting = setting_of(options.setting)
-    out = options.out or ROOT / "runs" / "frontier" / options.setting
-    named = {strategy.name: strategy for strategy in STRATEGIES}
-    if unknown := {*options.only, options.reference} - set(named):
-        raise SystemExit(f"no strategy {', '.join(sorted(unknown))}; there are: {', '.join(named)}")
+    out = folder_of(options)
+    strategies, _ = named(*options.only), named(options.reference)
     if options.only is ASKED:
-        options.only = [name for name in ASKED if not refusal(named[name], setting)]
-    if refused := [f"{name}: {said}" for name in options.only if (said := refusal(named[name], setting))]:
+        strategies = [strategy for strategy in strategies if not refusal(strategy, setting)]
+    if refused := [f"{strategy.name}: {said}" for strategy in strategies if (said := refusal(strategy, setting))]:
         raise SystemExit("; ".join(refused))
     if options.leave_one_out in (1, 2):
         raise SystemExit(f"--leave-one-out is {options.leave_one_out}; a correlation needs at least 3, 0 is for none")
     folder, rows = out / "removal", []
     bank = without_each(setting, folder, options) if options.leave_one_out else None
-    for name in options.only:
-        scores = [scores_of(named[name], setting, out, seed) for seed in range(options.seeds)]
-        row: dict[str, Any] = {"name": name, "scores": scores[0]}
+    for strategy in strategies:
+        scores = [scores_of(strategy, setting, out, seed) for seed in range(options.seeds)]
+        row: dict[str, Any] = {"name": strategy.name, "scores": scores[0]}
         if options.sizes:
-            row |= removal(named[name], scores, setting, folder, options)
+            row |= removal(strategy, scores, setting, folder, options)
         rows.append(row)
-        print(f"{name}: done", flush=True)
+        print(f"{strategy.name}: done", flush=True)
     figures = judge(rows, bank, options)
     print("\n" + show(figures, bank, options))
     if options.json:

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 import byline
 from byline.ledger import Ledger, human_flops
 from byline.settings.workshop import Workshop
-from common import ROOT, environment, save, spread, table
-from frontier import Strategy, setting_of, trainers_of
+from common import environment, save, spread, table
+from frontier import Strategy, arguments, folder_of, refusal, setting_of, trainers_of
 
 
 def unlearnt(setting: Any, ensemble: Any) -> tuple[float, float]:
@@ -73,9 +73,7 @@ def measure(options: argparse.Namespace, setting: Any, out: Path) -> list[dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", default="digits-mlp")
-    parser.add_argument("--out", type=Path, help="folder of the frontier; runs/frontier/<setting> by default")
+    parser = arguments(__doc__)
     parser.add_argument("--widths", type=float, nargs="+", default=[2, 1, 0.5, 0.25, 0.125], help="over its own")
     parser.add_argument("--lengths", nargs="+", default=["full", "short"], choices=["full", "short", "brief"])
     parser.add_argument("--runs", type=int, default=5, help="models that vote (%(default)s)")
@@ -83,12 +81,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     setting = setting_of(options.setting)
-    try:
-        for width in options.widths:
-            Strategy("", width=width).on(setting)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    rows = measure(options, setting, options.out or ROOT / "runs" / "frontier" / options.setting)
+    if refused := [said for width in options.widths if (said := refusal(Strategy("", width=width), setting))]:
+        raise SystemExit(refused[0])
+    rows = measure(options, setting, folder_of(options))
     whole = next((row["training"] for row in rows if (row["length"], row["width"]) == ("full", 1)), rows[0]["training"])
     header = ["runs", "width", "parameters", "training", "serving a query", "test loss", "mean Q", "LDS", "W"]
     body = [

@@ -55,7 +55,7 @@ def test_what_is_no_pair_of_scores_is_refused(given, error, said) -> None:
         byline.blend(*given)
 
 
-@pytest.mark.parametrize("weights", [[1], [0, 0], [1, -1], [1, float("nan")]])
+@pytest.mark.parametrize("weights", [[1], [0, 0], [1, -1], [1, float("nan")], [1, "much"], 2])
 def test_weights_that_do_not_fit_are_refused(weights) -> None:
     with pytest.raises(ValueError, match=r"weights is .*; expected 2 numbers, none negative and not all 0"):
         byline.blend(made(0, 1.0), made(1, 1.0), weights=weights)

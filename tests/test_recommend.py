@@ -174,6 +174,7 @@ def test_what_ships_is_there_and_every_advice_runs():
         "narrow": nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Dropout(0.1), nn.Linear(4, 2)).eval(),
         "simplest": nn.Linear(6, 2).eval(),
         "train_set": train_set,
+        "test_set": TensorDataset(x[:5], train_set.tensors[1][:5]),
         "recipe": byline.Recipe(lr=0.05, batch_size=40, epochs=30),
     }
     advice = recommend("digits-mlp", {}, count=100)
@@ -187,6 +188,11 @@ def test_what_ships_is_there_and_every_advice_runs():
         here = dict(scope)
         exec(one.code, here)
         assert here["attributor"].n_train_ == 40, one.strategy
+        if "byline.blend" in one.code:
+            blended = here["scores"]
+            assert blended.shape == (5, 40)
+            assert here["attributor"].task.model is not here["simplest"]
+    assert blended.info["method"] == "blend"
 
 
 def test_on_the_command_line(tmp_path, monkeypatch):

@@ -37,7 +37,10 @@ def blend(*scores: Scores, weights: Sequence[float] | None = None) -> Scores:
         raise ValueError(f"blend got {len(scores)} scores; expected two or more")
     if len({one.shape for one in scores}) > 1:
         raise ValueError(f"scores have the shapes {', '.join(str(one.shape) for one in scores)}; expected one")
-    given = [1.0] * len(scores) if weights is None else [float(weight) for weight in weights]
+    try:
+        given = [1.0] * len(scores) if weights is None else [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        given = []
     if len(given) != len(scores) or not all(math.isfinite(w) and w >= 0 for w in given) or not sum(given) > 0:
         raise ValueError(f"weights is {weights!r}; expected {len(scores)} numbers, none negative and not all 0")
     values = np.zeros(scores[0].shape)

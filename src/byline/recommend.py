@@ -129,7 +129,7 @@ def recommend(
                 for variant, values in row["lds"].items():
                     if isinstance(what, Task) and what.own_residual and _needs_residual(variant):
                         continue
-                    costs = {**_costs(row, by_name), "features": one.get("features", "Exact()")}
+                    costs = {**_costs(row, by_name), "features": one.get("features", "Exact()"), "by name": by_name}
                     share = fmean(values) / (one["ceiling"] or 1.0)
                     found.setdefault((row["name"], variant), []).append((one["setting"], share, values, costs | row))
     advice = [_advice(key, own) for key, own in found.items() if len(own) == len(some)]
@@ -191,7 +191,25 @@ def _advice(key: tuple[str, str], own: Sequence[tuple[str, float, list[float], d
         low=min(every),
         high=max(every),
         settings=tuple(setting for setting, *_ in own),
-        code=_code(own[0][3]["strategy"], own[0][3]["features"], hessian, residual),
+        code=_whole(own[0][3]["strategy"], own[0][3], hessian, residual),
+    )
+
+
+def _whole(strategy: Mapping[str, Any], row: Mapping[str, Any], hessian: str, residual: str) -> str:
+    """What a user writes; of blended strategies both parts, each from the task and the recipe that are given."""
+    own = _code(strategy, row["features"], hessian, residual)
+    if not strategy.get("beside"):
+        return own
+    other = row["by name"][strategy["beside"]]["strategy"]
+    return "\n".join(
+        [
+            "given = task, recipe",
+            _code(other, row["features"], hessian, residual),
+            "others = attributor.attribute(test_set)",
+            "task, recipe = given",
+            own,
+            "scores = byline.blend(attributor.attribute(test_set), others)",
+        ]
     )
 
 
@@ -251,6 +269,4 @@ def _code(strategy: Mapping[str, Any], features: str, hessian: str, residual: st
     method += [f'hessian="{hessian}"'] if hessian != "unweighted" else []
     method += [f'residual="{residual}"'] if residual != "mean" else []
     lines.append(f"attributor = byline.TRAK({', '.join(method)}).fit(train_set)")
-    if strategy.get("beside"):
-        lines.append(f"# its scores by byline.blend with those of: {strategy['beside']}")
     return "\n".join(lines)

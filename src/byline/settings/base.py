@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,12 @@ class BankRecipe:
     fraction: float = 0.5
     seeds: int = 6
     seed: int = 0
+
+
+def widened(setting: Setting, width: int, **others: Any) -> Setting:
+    """The setting with a model of another width, which its ``build`` takes, and with other fields."""
+    build: Callable[..., nn.Module] = setting.build
+    return replace(setting, build=partial(build, width=width), width=width, **others)
 
 
 @dataclass(frozen=True)

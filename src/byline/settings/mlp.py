@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-
 from torch import nn
 
-from byline.settings.base import Setting
+from byline.settings.base import Setting, widened
 
 
 def mlp(inputs: int, width: int, classes: int) -> nn.Module:
@@ -37,6 +33,5 @@ def at_width(setting: Setting, width: int) -> Setting:
     """
     if width % 2:
         raise ValueError(f"width is {width}; expected an even number, for the second layer has half as many units")
-    build: Callable[..., nn.Module] = setting.build
     said = f"{setting.description} Here with {width} and {width // 2} hidden units."
-    return replace(setting, build=partial(build, width=width), width=width, description=said)
+    return widened(setting, width, description=said)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from byline.settings import cifar, data
-from byline.settings.base import BankRecipe, Setting
+from byline.settings.base import BankRecipe, Setting, widened
 from byline.settings.fashion import MEAN, STD
 from byline.settings.mlp import linear
 from byline.training import Recipe
@@ -119,24 +119,21 @@ def on_folder(setting: Setting, folder: Path) -> Setting:
             if folder.resolve() == data.DEBIAN_FASHION
             else tuple(str(label) for label in PAIR),
         )
+    build: Callable[..., nn.Module] = setting.build
     return replace(
         setting,
         description="The paper's CIFAR-2: cats and dogs of CIFAR-10, 5000 train and 500 test, a ResNet-9.",
         load=lambda: load_cifar(folder),
-        build=partial(_build(setting), channels=3),
+        build=partial(build, channels=3),
         simplest=partial(linear, 3 * 32 * 32, 2),
         image_shape=(3, 32, 32),
         class_names=("cat", "dog"),
     )
 
 
-def _build(setting: Setting) -> Callable[..., nn.Module]:
-    return setting.build
-
-
 def at_width(setting: Setting, width: int) -> Setting:
     """The setting with another number of channels in the first convolution; 64 is the paper's."""
-    return replace(setting, build=partial(_build(setting), width=width), width=width)
+    return widened(setting, width)
 
 
 fashion2_resnet9 = Setting(

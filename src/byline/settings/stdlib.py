@@ -20,7 +20,7 @@ import numpy as np
 from torch import nn
 
 from byline.features import Factorized
-from byline.settings.base import BankRecipe, Data, Setting
+from byline.settings.base import BankRecipe, Data, Setting, widened
 from byline.settings.corpus import SEQUENCES, Corpus, Owner, packed
 from byline.settings.transformer import Bigrams, Decoder, sample
 
@@ -253,7 +253,7 @@ def at_width(setting: Setting, width: int) -> Setting:
     """
     if width % 4:
         raise ValueError(f"width is {width}; expected a multiple of 4, the heads of this transformer")
-    return replace(setting, build=partial(build, width=width), width=width, shortened=partial(shortened, width=width))
+    return widened(setting, width, shortened=partial(shortened, width=width))
 
 
 def write(model: Decoder, tokenizer: Any, start: str = "def ", *, seed: int = 0, temperature: float = 0.8) -> list[int]:

@@ -21,7 +21,7 @@ from torch import nn
 
 from byline.features import Factorized
 from byline.settings import midi
-from byline.settings.base import BankRecipe, Data, Setting
+from byline.settings.base import BankRecipe, Data, Setting, widened
 from byline.settings.corpus import SEQUENCES, Corpus, Owner, packed
 from byline.settings.notation import Melody, NotationError, is_heading, read_abc, read_musicxml, to_abc
 from byline.settings.transformer import Bigrams, Decoder, sample
@@ -261,9 +261,8 @@ def at_width(setting: Setting, width: int) -> Setting:
     """
     if width % 8:
         raise ValueError(f"width is {width}; expected a multiple of 8, the heads of a transformer")
-    made: Callable[..., nn.Module] = setting.build
     short: Callable[..., Setting] = setting.shortened or shortened
-    return replace(setting, build=partial(made, width=width), width=width, shortened=partial(short, width=width))
+    return widened(setting, width, shortened=partial(short, width=width))
 
 
 def generate(
