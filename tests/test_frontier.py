@@ -14,6 +14,7 @@ import torch
 
 import byline
 import reference as ref
+from byline.settings.workshop import Workshop
 from test_bench import small
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
@@ -296,6 +297,32 @@ def test_removal_says_how_far_outputs_fall(setting, tmp_path, monkeypatch, capsy
         run("removal", replace(setting, width=0), monkeypatch, "--out", tmp_path, "--only", narrow, "independent 25")
     with pytest.raises(SystemExit, match="no strategy nonsense"):
         run("removal", setting, monkeypatch, "--out", tmp_path, "--only", "nonsense")
+
+
+def test_what_is_beyond_the_simplest_model_is_its_partial_lds(setting, tmp_path, monkeypatch, capsys):
+    given = ["--out", tmp_path, "--seeds", 2, "--bootstrap", 50, "--json", tmp_path / "found.json", "--only"]
+    simplest = "1 short run of the simplest model, int8"
+    run("beyond", setting, monkeypatch, *given, "1 short run", simplest)
+    said = capsys.readouterr().out
+    assert f"The simplest: {simplest}" in said
+    one, itself = json.loads((tmp_path / "found.json").read_text())["rows"]
+    bank = Workshop(setting, tmp_path, print, False).bank(setting.bank_recipe)
+
+    def scores(task, ensemble):
+        return byline.TRAK(task, ensemble, progress=False).fit(setting.train_set).attribute(setting.test_set)
+
+    (short,) = frontier.named("1 short run")
+    own = scores(setting.task(), frontier.Trainers(setting, tmp_path / "frontier-models", 1).ensemble(short)[0])
+    (linear,) = frontier.named(simplest)
+    trainers = frontier.trainers_of(linear, setting, tmp_path / "frontier-models", 1)
+    known = scores(trainers.setting.task(), trainers.ensemble(linear)[0])
+    assert one["beyond"][1] == pytest.approx(byline.partial_lds(own, known, bank, bootstrap=0).mean, abs=0.02)
+    assert one["left"][1] == pytest.approx(byline.partial_lds(known, own, bank, bootstrap=0).mean, abs=0.02)
+    assert one["lds"][1] == pytest.approx(byline.lds(own, bank, bootstrap=0).mean, abs=0.02)
+    assert one["interval"][0] < one["beyond"][0] < one["interval"][1]
+    assert itself["beyond"] == itself["left"] == [0, 0]
+    with pytest.raises(SystemExit, match=f"{simplest}: digits-mlp has no simpler model"):
+        run("beyond", replace(setting, simplest=None), monkeypatch, *given, "1 short run")
 
 
 def test_layers_are_compared_alone_and_left_out(setting, tmp_path, monkeypatch, capsys):

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import pearsonr, rankdata, spearmanr
 
 from byline.evaluate.bank import Bank
-from byline.evaluate.lds import lds, lds_difference, noise_ceiling
+from byline.evaluate.lds import lds, lds_difference, noise_ceiling, partial_lds
 
 
 def masks(subsets, n_train, rng):
@@ -193,3 +193,77 @@ def test_a_baseline_of_another_shape_is_named(bank, rng):
         lds_difference(rng.normal(size=(12, 40)), rng.normal(size=(12, 39)), bank)
     with pytest.raises(ValueError, match="bootstrap=0: expected a whole number of at least 1"):
         lds_difference(rng.normal(size=(12, 40)), rng.normal(size=(12, 40)), bank, bootstrap=0)
+
+
+def residual(of, given):
+    """Ranks less what a line in the other's ranks says of them."""
+    x, b = rankdata(of), rankdata(given)
+    return x - np.polyval(np.polyfit(b, x, 1), b)
+
+
+def of_residuals(x, y, b):
+    return pearsonr(residual(x, b), residual(y, b)).statistic
+
+
+def test_the_partial_lds_is_the_correlation_of_what_a_baseline_leaves_of_the_ranks(bank, rng):
+    scores, baseline = np.round(rng.normal(size=(2, 12, 40)))
+    found = partial_lds(scores, baseline, bank, bootstrap=0)
+    sums, known = scores @ bank.subsets.T, baseline @ bank.subsets.T
+    truth = bank.outputs.astype(np.float64).mean(1).T
+    expected = [of_residuals(x, y, b) for x, y, b in zip(sums, truth, known, strict=True)]
+    np.testing.assert_allclose(found.per_example, expected, atol=1e-12)
+    assert found.mean == pytest.approx(np.mean(expected))
+    assert repr(found).startswith("partial LDS ")
+
+
+def test_the_bootstrap_of_the_partial_lds_is_that_of_residuals(rng):
+    from byline.evaluate.lds import _resample
+
+    predicted, given = np.round(2 * rng.normal(size=(2, 6, 15)))
+    actual = rng.normal(size=(6, 15)) + given
+    got = _resample(predicted, actual, 40, np.random.default_rng(3), given)
+    draws = np.random.default_rng(3)
+    subset_counts = draws.multinomial(15, np.full(15, 1 / 15), 40)
+    row_counts = draws.multinomial(6, np.full(6, 1 / 6), 40)
+    for value, subsets, rows in zip(got, subset_counts, row_counts, strict=True):
+        s, r = np.repeat(np.arange(15), subsets), np.repeat(np.arange(6), rows)
+        expected = np.mean([of_residuals(predicted[i, s], actual[i, s], given[i, s]) for i in r])
+        assert value == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_who_knows_the_truth_meets_the_partial_ceiling_and_the_baseline_has_nothing_beyond_itself(seeds, rng):
+    """Half the truth is the baseline's, half is not, and noise of equal variance hides both."""
+    known, rest, subsets = rng.normal(size=(300, 200)), rng.normal(size=(300, 200)), masks(60, 200, rng)
+    truth = (known + rest) @ subsets.T
+    truth = (truth - truth.mean(1, keepdims=True)) / truth.std(1, keepdims=True)
+    bank = Bank(subsets, truth.T[:, None] + rng.normal(size=(60, seeds, 300)))
+    found = partial_lds(known + rest, known, bank, bootstrap=0)
+    assert found.mean == pytest.approx(found.ceiling, abs=0.03)
+    assert found.ceiling < lds(known + rest, bank, bootstrap=0).ceiling - 0.05
+    itself = partial_lds(2 * known, known, bank)
+    assert itself.mean == 0
+    assert itself.interval == (0, 0)
+    assert itself.left_out == 0
+    assert partial_lds(rest, known, bank, bootstrap=0).mean == pytest.approx(found.mean, abs=0.03)
+    other = partial_lds(rng.normal(size=(300, 200)), known, bank)
+    assert other.interval[0] < 0 < other.interval[1]
+
+
+def test_what_a_baseline_explains_in_full_is_left_out(rng):
+    subsets, weights = masks(25, 40, rng), rng.normal(size=(8, 40))
+    bank = Bank(subsets, np.repeat((weights @ subsets.T).T[:, None], 2, axis=1))
+    scores = rng.normal(size=(8, 40))
+    assert np.isnan(partial_lds(scores, weights, bank).mean)
+    assert partial_lds(scores, weights, bank).left_out == 8
+    one = np.concatenate([weights[:1], rng.normal(size=(7, 40))])
+    found = partial_lds(weights, one, bank)
+    assert found.mean == pytest.approx(1)
+    assert "1 constant or fully explained test examples left out" in repr(found)
+
+
+def test_the_partial_lds_names_a_bad_baseline(bank):
+    with pytest.raises(ValueError, match=r"baseline: got shape \(40, 12\); .*\(12, 40\)"):
+        partial_lds(np.zeros((12, 40)), np.zeros((40, 12)), bank)
+    with pytest.raises(ValueError, match="bootstrap"):
+        partial_lds(np.zeros((12, 40)), np.zeros((12, 40)), bank, bootstrap=-1)

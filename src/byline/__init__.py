@@ -21,7 +21,7 @@ from byline.ensembles import (
     train_lora,
 )
 from byline.evaluate.detection import class_detection, subclass_detection
-from byline.evaluate.lds import LDS, LDSDifference, lds, lds_difference
+from byline.evaluate.lds import LDS, LDSDifference, lds, lds_difference, partial_lds
 from byline.evaluate.loo import leave_one_out, leave_one_out_subsets
 from byline.evaluate.measure import Measure
 from byline.evaluate.mislabel import flip_labels, mislabel_detection
@@ -105,6 +105,7 @@ __all__ = [
     "leave_one_out",
     "leave_one_out_subsets",
     "mislabel_detection",
+    "partial_lds",
     "removal_curve",
     "retrain",
     "settled",

@@ -45,6 +45,7 @@ class LDS:
         left_out: Number of test examples without a value.
         subsets: Number of subsets.
         confidence: That of the interval.
+        name: What it is called: "LDS", or "partial LDS" of `byline.partial_lds`.
     """
 
     mean: float
@@ -55,20 +56,22 @@ class LDS:
     left_out: int
     subsets: int
     confidence: float
+    name: str = "LDS"
 
     def __float__(self) -> float:
         return self.mean
 
     def __repr__(self) -> str:
         low, high = self.interval
-        parts = [f"LDS {self.mean:.3f}"]
+        parts = [f"{self.name} {self.mean:.3f}"]
         if np.isfinite(low):
             parts.append(f"{self.confidence * 100:g} % interval {low:.3f} to {high:.3f}")
         parts.append(f"{len(self.per_example) - self.left_out} test examples × {self.subsets} subsets")
         if np.isfinite(self.ceiling):
             parts.append(f"noise ceiling {self.ceiling:.3f} (halves agree {self.split_half:.3f})")
         if self.left_out:
-            parts.append(f"{self.left_out} constant test examples left out")
+            why = "constant" if self.name == "LDS" else "constant or fully explained"
+            parts.append(f"{self.left_out} {why} test examples left out")
         return ", ".join(parts)
 
 
@@ -89,25 +92,7 @@ def lds(scores: Any, bank: Bank, *, bootstrap: int = 1000, confidence: float = 0
     Raises:
         ValueError: If shapes do not match, a score is not finite, or the bank has fewer than 3 subsets.
     """
-    predicted, actual = _sums(scores, bank, "scores")
-    check_bootstrap(bootstrap, confidence)
-    each = spearman(predicted, actual)
-    valid = np.isfinite(each)
-    interval = (float("nan"), float("nan"))
-    if bootstrap and valid.any():
-        means = _resample(predicted[valid], actual[valid], bootstrap, np.random.default_rng(seed))
-        interval = percentile(means, confidence)
-    split_half, ceiling = noise_ceiling(bank)
-    return LDS(
-        mean=float(each[valid].mean()) if valid.any() else float("nan"),
-        interval=interval,
-        per_example=each,
-        ceiling=ceiling,
-        split_half=split_half,
-        left_out=int((~valid).sum()),
-        subsets=len(bank.subsets),
-        confidence=confidence,
-    )
+    return _judged(scores, bank, None, bootstrap, confidence, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +155,87 @@ def lds_difference(
         for predicted in (mine, theirs)
     )
     return LDSDifference(float(each[valid].mean()), percentile(one - two, confidence), each, confidence)
+
+
+def partial_lds(
+    scores: Any, baseline: Any, bank: Bank, *, bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> LDS:
+    """What scores foretell of retraining beyond what a baseline's foretell already: the partial rank correlation
+
+        partial(z) = (r_xy - r_xb r_yb) / sqrt((1 - r_xb²) (1 - r_yb²)),
+
+    with r the rank correlation over subsets of x, the summed scores, y, the bank's outputs, and b, the summed scores of
+    the baseline (Kendall 1942, "Partial rank correlation"; the formula is that of Yule 1907 on ranks).
+
+    An LDS asks in great part what is in the data: a method that has never seen the model may have a good one. With the
+    scores of a setting's simplest model as baseline this asks for the rest, which is about the model.
+
+    Args:
+        scores: `byline.Scores`, or an array or tensor, (n_test, n_train); positive means proponent.
+        baseline: The same, of what is taken as known.
+        bank: The ground truth of both.
+        bootstrap: Resamples for the interval; 0 for none.
+        confidence: Of the interval, between 0 and 1.
+        seed: Of the resamples.
+
+    Returns:
+        As `byline.lds` does. Scores that rank the subsets as the baseline does have 0. Test examples without a value
+        are those where scores, baseline or bank are constant, and those where the baseline ranks as the bank does.
+        The ceiling is that of a perfect prediction, sqrt((ρ - r²) / (1 - r²)) with ρ the bank's reliability and r² the
+        mean of r_yb²: what the baseline leaves to be said.
+
+    Raises:
+        ValueError: If shapes do not match, a score is not finite, or the bank has fewer than 3 subsets.
+    """
+    return _judged(scores, bank, _sums(baseline, bank, "baseline")[0], bootstrap, confidence, seed)
+
+
+def _judged(scores: Any, bank: Bank, known: np.ndarray | None, bootstrap: int, confidence: float, seed: int) -> LDS:
+    """The LDS, partial given what a baseline foretells, (n_test, subsets)."""
+    predicted, actual = _sums(scores, bank, "scores")
+    check_bootstrap(bootstrap, confidence)
+    each = spearman(predicted, actual)
+    split_half, ceiling = noise_ceiling(bank)
+    explained = np.zeros_like(each)
+    if known is not None:
+        explained = spearman(actual, known)
+        each = partial_correlation(each, spearman(predicted, known), explained)
+    valid = np.isfinite(each)
+    if known is not None and valid.any():
+        share = (explained[valid] ** 2).mean()
+        ceiling = float(np.sqrt(np.maximum(ceiling**2 - share, 0.0) / (1 - share)))
+    interval = (float("nan"), float("nan"))
+    if bootstrap and valid.any():
+        given = None if known is None else known[valid]
+        means = _resample(predicted[valid], actual[valid], bootstrap, np.random.default_rng(seed), given)
+        interval = percentile(means, confidence)
+    return LDS(
+        mean=float(each[valid].mean()) if valid.any() else float("nan"),
+        interval=interval,
+        per_example=each,
+        ceiling=ceiling,
+        split_half=split_half,
+        left_out=int((~valid).sum()),
+        subsets=len(bank.subsets),
+        confidence=confidence,
+        name="LDS" if known is None else "partial LDS",
+    )
+
+
+def partial_correlation(xy: np.ndarray, xb: np.ndarray, yb: np.ndarray, nothing: float = 1e-12) -> np.ndarray:
+    """The partial correlation of x and y given b; 0 where x is b, NaN where y is.
+
+    Args:
+        xy: Correlations of x and y, any shape.
+        xb: Of x and b, the same shape.
+        yb: Of y and b, the same shape.
+        nothing: Below this, 1 - r² is rounding.
+    """
+    left_of_x, left_of_y = 1 - xb * xb, 1 - yb * yb
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = (xy - xb * yb) / np.sqrt(left_of_x * left_of_y)
+    found = np.where(left_of_x < nothing, 0.0, found)  # NaN is not below anything, and stays
+    return np.where(left_of_y < nothing, np.nan, found)
 
 
 def _sums(scores: Any, bank: Bank, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -235,8 +301,14 @@ def _halves(seeds: int, half: int) -> list[tuple[tuple[int, ...], tuple[int, ...
     return [(tuple(order[:half]), tuple(order[half : 2 * half])) for order in orders]
 
 
-def _resample(predicted: np.ndarray, actual: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """The mean rank correlation of each bootstrap resample of subsets and rows, (draws,).
+def _resample(
+    predicted: np.ndarray,
+    actual: np.ndarray,
+    draws: int,
+    rng: np.random.Generator,
+    given: np.ndarray | None = None,
+) -> np.ndarray:
+    """The mean rank correlation of each bootstrap resample of subsets and rows, (draws,); partial where given a third.
 
     Drawing subset j w_j times gives subset i the centred rank Σ_j w_j sign(x_i - x_j) / 2, ties averaged, so
     the ranks of all resamples are one matrix product, and nothing is sorted again. Their weighted mean is
@@ -247,22 +319,32 @@ def _resample(predicted: np.ndarray, actual: np.ndarray, draws: int, rng: np.ran
     row_counts = rng.multinomial(rows, np.full(rows, 1 / rows), draws)
     correlations = np.empty((rows, draws), dtype=np.float32)
     step = max(1, _CELLS // (subsets * max(draws, subsets)))
+    ranked = [predicted, actual] if given is None else [predicted, actual, given]
+    weights = subset_counts.T
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        a, b = (
-            np.sign(x[part, :, None] - x[part, None, :]).astype(np.float32) @ subset_counts.T
-            for x in (predicted, actual)
-        )  # (rows, subsets, draws)
-        weights = subset_counts.T
-        weighted = a * weights
-        cross, own_a = (weighted * b).sum(1), (weighted * a).sum(1)
-        own_b = (np.multiply(b, b, out=b) * weights).sum(1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            correlations[part] = cross / np.sqrt(own_a * own_b)
+        ranks = [
+            np.sign(x[part, :, None] - x[part, None, :]).astype(np.float32) @ subset_counts.T for x in ranked
+        ]  # (rows, subsets, draws) each
+        if given is None:
+            (correlations[part],) = _correlations(ranks, weights)
+        else:
+            of_both, of_predicted, of_actual = _correlations(ranks, weights)
+            correlations[part] = partial_correlation(of_both, of_predicted, of_actual, nothing=1e-5)
     finite = np.isfinite(correlations)  # a resample of very few subsets may be constant
     counts = row_counts.T * finite
     with np.errstate(invalid="ignore"):
         return (np.where(finite, correlations, 0) * counts).sum(0) / counts.sum(0)
+
+
+def _correlations(ranks: list[np.ndarray], weights: np.ndarray) -> list[np.ndarray]:
+    """Of each pair of centred ranks (rows, subsets, draws), in the order (0, 1), (0, 2), (1, 2): (rows, draws) each."""
+    weighted = [x * weights for x in ranks]
+    own = [(w * x).sum(1) for w, x in zip(weighted, ranks, strict=True)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return [
+            (weighted[a] * ranks[b]).sum(1) / np.sqrt(own[a] * own[b]) for a, b in combinations(range(len(ranks)), 2)
+        ]
 
 
 def _values(scores: Any) -> np.ndarray:
