@@ -299,28 +299,41 @@ def test_removal_says_how_far_outputs_fall(setting, tmp_path, monkeypatch, capsy
         run("removal", setting, monkeypatch, "--out", tmp_path, "--only", "nonsense")
 
 
-def test_what_is_beyond_the_simplest_model_is_its_partial_lds(setting, tmp_path, monkeypatch, capsys):
-    given = ["--out", tmp_path, "--seeds", 2, "--bootstrap", 50, "--json", tmp_path / "found.json", "--only"]
+def test_what_strategies_say_beyond_what_knows_no_model(setting, tmp_path, monkeypatch, capsys):
+    given = ["--out", tmp_path, "--seeds", 2, "--bootstrap", 50, "--untrained", 2]
+    given += ["--json", tmp_path / "found.json", "--only"]
     simplest = "1 short run of the simplest model, int8"
     run("beyond", setting, monkeypatch, *given, "1 short run", simplest)
-    said = capsys.readouterr().out
-    assert f"The simplest: {simplest}" in said
-    one, itself = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert "beyond the simplest model" in capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    one, itself = found["rows"]
     bank = Workshop(setting, tmp_path, print, False).bank(setting.bank_recipe)
 
     def scores(task, ensemble):
-        return byline.TRAK(task, ensemble, progress=False).fit(setting.train_set).attribute(setting.test_set)
+        attributor = byline.TRAK(task, ensemble, features=setting.features(), progress=False)
+        return attributor.fit(setting.train_set).attribute(setting.test_set).values
 
     (short,) = frontier.named("1 short run")
     own = scores(setting.task(), frontier.Trainers(setting, tmp_path / "frontier-models", 1).ensemble(short)[0])
     (linear,) = frontier.named(simplest)
     trainers = frontier.trainers_of(linear, setting, tmp_path / "frontier-models", 1)
-    known = scores(trainers.setting.task(), trainers.ensemble(linear)[0])
-    assert one["beyond"][1] == pytest.approx(byline.partial_lds(own, known, bank, bootstrap=0).mean, abs=0.02)
-    assert one["left"][1] == pytest.approx(byline.partial_lds(known, own, bank, bootstrap=0).mean, abs=0.02)
+    known = [scores(trainers.setting.task(), trainers.ensemble(linear)[0])]
+    torch.manual_seed(1000)
+    first = setting.build().state_dict()
+    torch.manual_seed(1001)
+    known.append(scores(setting.task(), byline.Independent([first, setting.build().state_dict()])))
+    (x, y), (asked, labels) = setting.train_set.tensors, setting.test_set.tensors
+    distance = np.array([[((a - b) ** 2).sum().item() for b in x] for a in asked])
+    width = float(torch.as_tensor(distance).median())
+    same = labels.numpy()[:, None] == y.numpy()[None]
+    known += [np.exp(-distance / h) * np.where(same, 1, -1 / 9) for h in (width, width / 4)]
+    for name, values in zip(("simplest", "untrained", "near", "nearer"), known, strict=True):
+        assert found["known"][name][1] == pytest.approx(byline.lds(values, bank, bootstrap=0).mean, abs=0.02)
+    assert one["simplest"][1] == pytest.approx(byline.partial_lds(own, known[0], bank, bootstrap=0).mean, abs=0.02)
+    assert one["all"][1] == pytest.approx(byline.partial_lds(own, known, bank, bootstrap=0).mean, abs=0.02)
     assert one["lds"][1] == pytest.approx(byline.lds(own, bank, bootstrap=0).mean, abs=0.02)
-    assert one["interval"][0] < one["beyond"][0] < one["interval"][1]
-    assert itself["beyond"] == itself["left"] == [0, 0]
+    assert one["interval"][0] < one["all"][0] < one["interval"][1]
+    assert itself["simplest"] == itself["all"] == [0, 0]
     with pytest.raises(SystemExit, match=f"{simplest}: digits-mlp has no simpler model"):
         run("beyond", replace(setting, simplest=None), monkeypatch, *given, "1 short run")
 

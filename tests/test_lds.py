@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.stats import pearsonr, rankdata, spearmanr
 
+import byline
 from byline.evaluate.bank import Bank
 from byline.evaluate.lds import lds, lds_difference, noise_ceiling, partial_lds
 
@@ -196,56 +197,66 @@ def test_a_baseline_of_another_shape_is_named(bank, rng):
 
 
 def residual(of, given):
-    """Ranks less what a line in the other's ranks says of them."""
-    x, b = rankdata(of), rankdata(given)
-    return x - np.polyval(np.polyfit(b, x, 1), b)
+    """Ranks less what the others' ranks say of them, by least squares."""
+    design = np.stack([np.ones(len(of)), *map(rankdata, given)], axis=1)
+    x = rankdata(of)
+    return x - design @ np.linalg.lstsq(design, x, rcond=None)[0]
 
 
-def of_residuals(x, y, b):
-    return pearsonr(residual(x, b), residual(y, b)).statistic
+def of_residuals(x, y, *given):
+    return pearsonr(residual(x, given), residual(y, given)).statistic
 
 
-def test_the_partial_lds_is_the_correlation_of_what_a_baseline_leaves_of_the_ranks(bank, rng):
-    scores, baseline = np.round(rng.normal(size=(2, 12, 40)))
-    found = partial_lds(scores, baseline, bank, bootstrap=0)
-    sums, known = scores @ bank.subsets.T, baseline @ bank.subsets.T
+@pytest.mark.parametrize("several", [1, 3])
+def test_the_partial_lds_is_the_correlation_of_what_baselines_leave_of_the_ranks(bank, rng, several):
+    scores, *baselines = np.round(rng.normal(size=(1 + several, 12, 40)))
+    baselines[-1] += baselines[0] + scores
+    found = partial_lds(scores, baselines if several > 1 else baselines[0], bank, bootstrap=0)
+    sums, *known = (x @ bank.subsets.T for x in (scores, *baselines))
     truth = bank.outputs.astype(np.float64).mean(1).T
-    expected = [of_residuals(x, y, b) for x, y, b in zip(sums, truth, known, strict=True)]
+    expected = [of_residuals(*rows) for rows in zip(sums, truth, *known, strict=True)]
     np.testing.assert_allclose(found.per_example, expected, atol=1e-12)
     assert found.mean == pytest.approx(np.mean(expected))
     assert repr(found).startswith("partial LDS ")
+    again = partial_lds(scores, tuple(byline.Scores(b) for b in baselines[::-1]), bank, bootstrap=0)
+    np.testing.assert_allclose(again.per_example, found.per_example, atol=1e-12)
 
 
 def test_the_bootstrap_of_the_partial_lds_is_that_of_residuals(rng):
     from byline.evaluate.lds import _resample
 
-    predicted, given = np.round(2 * rng.normal(size=(2, 6, 15)))
-    actual = rng.normal(size=(6, 15)) + given
-    got = _resample(predicted, actual, 40, np.random.default_rng(3), given)
+    predicted, *given = np.round(2 * rng.normal(size=(3, 6, 15)))
+    actual = rng.normal(size=(6, 15)) + given[0]
+    got = _resample(predicted, actual, 40, np.random.default_rng(3), *given)
     draws = np.random.default_rng(3)
     subset_counts = draws.multinomial(15, np.full(15, 1 / 15), 40)
     row_counts = draws.multinomial(6, np.full(6, 1 / 6), 40)
     for value, subsets, rows in zip(got, subset_counts, row_counts, strict=True):
         s, r = np.repeat(np.arange(15), subsets), np.repeat(np.arange(6), rows)
-        expected = np.mean([of_residuals(predicted[i, s], actual[i, s], given[i, s]) for i in r])
+        expected = np.mean([of_residuals(*(x[i, s] for x in (predicted, actual, *given))) for i in r])
         assert value == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("seeds", [2, 3])
-def test_who_knows_the_truth_meets_the_partial_ceiling_and_the_baseline_has_nothing_beyond_itself(seeds, rng):
-    """Half the truth is the baseline's, half is not, and noise of equal variance hides both."""
-    known, rest, subsets = rng.normal(size=(300, 200)), rng.normal(size=(300, 200)), masks(60, 200, rng)
-    truth = (known + rest) @ subsets.T
+def test_who_knows_the_truth_meets_the_partial_ceiling_and_a_baseline_has_nothing_beyond_itself(seeds, rng):
+    """A half of the truth is the baselines', half is not, and noise of equal variance hides both."""
+    one, two, rest = rng.normal(size=(3, 300, 200)) * np.sqrt([0.5, 0.5, 1])[:, None, None]
+    subsets, known = masks(60, 200, rng), [one, two]
+    truth = (one + two + rest) @ subsets.T
     truth = (truth - truth.mean(1, keepdims=True)) / truth.std(1, keepdims=True)
     bank = Bank(subsets, truth.T[:, None] + rng.normal(size=(60, seeds, 300)))
-    found = partial_lds(known + rest, known, bank, bootstrap=0)
+    found = partial_lds(one + two + rest, known, bank, bootstrap=0)
     assert found.mean == pytest.approx(found.ceiling, abs=0.03)
-    assert found.ceiling < lds(known + rest, bank, bootstrap=0).ceiling - 0.05
-    itself = partial_lds(2 * known, known, bank)
-    assert itself.mean == 0
-    assert itself.interval == (0, 0)
-    assert itself.left_out == 0
-    assert partial_lds(rest, known, bank, bootstrap=0).mean == pytest.approx(found.mean, abs=0.03)
+    assert found.ceiling < lds(one + two + rest, bank, bootstrap=0).ceiling - 0.05
+    for known_already in (known, [one, one, two]):
+        itself = partial_lds(2 * one, known_already, bank)
+        assert itself.mean == 0
+        assert itself.interval == (0, 0)
+        assert itself.left_out == 0
+        again = partial_lds(one + two + rest, known_already, bank, bootstrap=0)
+        assert again.mean == pytest.approx(found.mean, abs=1e-9)
+        assert again.ceiling == pytest.approx(found.ceiling, abs=1e-9)
+    assert partial_lds(rest, known, bank, bootstrap=0).mean == pytest.approx(found.mean, abs=0.05)
     other = partial_lds(rng.normal(size=(300, 200)), known, bank)
     assert other.interval[0] < 0 < other.interval[1]
 
@@ -263,7 +274,14 @@ def test_what_a_baseline_explains_in_full_is_left_out(rng):
 
 
 def test_the_partial_lds_names_a_bad_baseline(bank):
-    with pytest.raises(ValueError, match=r"baseline: got shape \(40, 12\); .*\(12, 40\)"):
-        partial_lds(np.zeros((12, 40)), np.zeros((40, 12)), bank)
+    scores = np.zeros((12, 40))
+    with pytest.raises(ValueError, match=r"baselines: got shape \(40, 12\); .*\(12, 40\)"):
+        partial_lds(scores, np.zeros((40, 12)), bank)
+    with pytest.raises(ValueError, match=r"baselines\[1\]: got shape \(40, 12\); .*\(12, 40\)"):
+        partial_lds(scores, [scores, np.zeros((40, 12))], bank)
+    with pytest.raises(ValueError, match="baselines: got an empty list"):
+        partial_lds(scores, [], bank)
+    with pytest.raises(ValueError, match=r"baselines: got shape \(\)"):
+        partial_lds(scores, None, bank)
     with pytest.raises(ValueError, match="bootstrap"):
-        partial_lds(np.zeros((12, 40)), np.zeros((12, 40)), bank, bootstrap=-1)
+        partial_lds(scores, scores.tolist(), bank, bootstrap=-1)

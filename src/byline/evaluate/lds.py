@@ -92,7 +92,7 @@ def lds(scores: Any, bank: Bank, *, bootstrap: int = 1000, confidence: float = 0
     Raises:
         ValueError: If shapes do not match, a score is not finite, or the bank has fewer than 3 subsets.
     """
-    return _judged(scores, bank, None, bootstrap, confidence, seed)
+    return _judged(scores, bank, [], bootstrap, confidence, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,57 +158,64 @@ def lds_difference(
 
 
 def partial_lds(
-    scores: Any, baseline: Any, bank: Bank, *, bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0
+    scores: Any, baselines: Any, bank: Bank, *, bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> LDS:
-    """What scores foretell of retraining beyond what a baseline's foretell already: the partial rank correlation
+    """What scores foretell of retraining beyond what baselines foretell already: the partial rank correlation.
 
         partial(z) = (r_xy - r_xb r_yb) / sqrt((1 - r_xb²) (1 - r_yb²)),
 
     with r the rank correlation over subsets of x, the summed scores, y, the bank's outputs, and b, the summed scores of
-    the baseline (Kendall 1942, "Partial rank correlation"; the formula is that of Yule 1907 on ranks).
+    a baseline (Yule 1907, "On the theory of correlation for any number of variables", on ranks as Kendall 1942,
+    "Partial rank correlation"); of several baselines one after the other.
 
-    An LDS asks in great part what is in the data: a method that has never seen the model may have a good one. With the
-    scores of a setting's simplest model as baseline this asks for the rest, which is about the model.
+    An LDS asks in great part what is in the data: a method that has never seen the model may have a good one. With
+    the scores of such methods as baselines this asks for the rest.
 
     Args:
         scores: `byline.Scores`, or an array or tensor, (n_test, n_train); positive means proponent.
-        baseline: The same, of what is taken as known.
-        bank: The ground truth of both.
+        baselines: The same, of what is taken as known; or a list or tuple of several.
+        bank: The ground truth of all.
         bootstrap: Resamples for the interval; 0 for none.
         confidence: Of the interval, between 0 and 1.
         seed: Of the resamples.
 
     Returns:
-        As `byline.lds` does. Scores that rank the subsets as the baseline does have 0. Test examples without a value
-        are those where scores, baseline or bank are constant, and those where the baseline ranks as the bank does.
-        The ceiling is that of a perfect prediction, sqrt((ρ - r²) / (1 - r²)) with ρ the bank's reliability and r² the
-        mean of r_yb²: what the baseline leaves to be said.
+        As `byline.lds` does. Scores that rank the subsets as a baseline does have 0. Test examples without a value
+        are those where scores, a baseline or the bank are constant, and those where baselines rank as the bank does.
+        The ceiling is that of a perfect prediction, sqrt((ρ - R²) / (1 - R²)) with ρ the bank's reliability and R² the
+        mean share that the baselines explain of its ranks: what they leave to be said.
 
     Raises:
-        ValueError: If shapes do not match, a score is not finite, or the bank has fewer than 3 subsets.
+        ValueError: If shapes do not match, a score is not finite, there is no baseline, or the bank has fewer than 3
+            subsets.
     """
-    return _judged(scores, bank, _sums(baseline, bank, "baseline")[0], bootstrap, confidence, seed)
+    several = list(baselines) if isinstance(baselines, list | tuple) and _are_matrices(baselines) else [baselines]
+    if not several:
+        raise ValueError("baselines: got an empty list; expected scores, or a list of them")
+    name = "baselines" if len(several) == 1 else "baselines[{}]"
+    known = [_sums(each, bank, name.format(i))[0] for i, each in enumerate(several)]
+    return _judged(scores, bank, known, bootstrap, confidence, seed)
 
 
-def _judged(scores: Any, bank: Bank, known: np.ndarray | None, bootstrap: int, confidence: float, seed: int) -> LDS:
-    """The LDS, partial given what a baseline foretells, (n_test, subsets)."""
+def _are_matrices(values: list[Any] | tuple[Any, ...]) -> bool:
+    """Whether these are several matrices, and not the rows of one."""
+    return all(np.ndim(_values(each)) == 2 for each in values)
+
+
+def _judged(scores: Any, bank: Bank, known: list[np.ndarray], bootstrap: int, confidence: float, seed: int) -> LDS:
+    """The LDS, partial given what baselines foretell, (n_test, subsets) each."""
     predicted, actual = _sums(scores, bank, "scores")
     check_bootstrap(bootstrap, confidence)
-    each = spearman(predicted, actual)
     split_half, ceiling = noise_ceiling(bank)
-    explained = np.zeros_like(each)
-    if known is not None:
-        explained = spearman(actual, known)
-        each = partial_correlation(each, spearman(predicted, known), explained)
+    each, explained = partial_correlation(_pairs([predicted, actual, *known], spearman))
     valid = np.isfinite(each)
-    if known is not None and valid.any():
-        share = (explained[valid] ** 2).mean()
+    if known and valid.any():
+        share = explained[valid].mean()
         ceiling = float(np.sqrt(np.maximum(ceiling**2 - share, 0.0) / (1 - share)))
     interval = (float("nan"), float("nan"))
     if bootstrap and valid.any():
-        given = None if known is None else known[valid]
-        means = _resample(predicted[valid], actual[valid], bootstrap, np.random.default_rng(seed), given)
-        interval = percentile(means, confidence)
+        given, rng = [x[valid] for x in known], np.random.default_rng(seed)
+        interval = percentile(_resample(predicted[valid], actual[valid], bootstrap, rng, *given), confidence)
     return LDS(
         mean=float(each[valid].mean()) if valid.any() else float("nan"),
         interval=interval,
@@ -218,24 +225,39 @@ def _judged(scores: Any, bank: Bank, known: np.ndarray | None, bootstrap: int, c
         left_out=int((~valid).sum()),
         subsets=len(bank.subsets),
         confidence=confidence,
-        name="LDS" if known is None else "partial LDS",
+        name="partial LDS" if known else "LDS",
     )
 
 
-def partial_correlation(xy: np.ndarray, xb: np.ndarray, yb: np.ndarray, nothing: float = 1e-12) -> np.ndarray:
-    """The partial correlation of x and y given b; 0 where x is b, NaN where y is.
+def _pairs(values: list[np.ndarray], correlation: Correlation) -> np.ndarray:
+    """(k, k, …) the correlations of each pair, ones with themselves."""
+    places = list(combinations(range(len(values)), 2))
+    each = [correlation(values[a], values[b]) for a, b in places]
+    found = np.ones((len(values), len(values), *each[0].shape), dtype=each[0].dtype)
+    for (a, b), value in zip(places, each, strict=True):
+        found[a, b] = found[b, a] = value
+    return found
+
+
+def partial_correlation(r: np.ndarray, nothing: float = 1e-12) -> tuple[np.ndarray, np.ndarray]:
+    """The partial correlation of the first and the second given all others, and the share they explain of the second.
 
     Args:
-        xy: Correlations of x and y, any shape.
-        xb: Of x and b, the same shape.
-        yb: Of y and b, the same shape.
-        nothing: Below this, 1 - r² is rounding.
+        r: (k, k, …) correlations.
+        nothing: Below this, 1 - r² is rounding: the first is then explained, and its partial correlation 0; another
+            is known already, and says nothing more; of the second nothing is left, and the correlation is NaN.
     """
-    left_of_x, left_of_y = 1 - xb * xb, 1 - yb * yb
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = (xy - xb * yb) / np.sqrt(left_of_x * left_of_y)
-    found = np.where(left_of_x < nothing, 0.0, found)  # NaN is not below anything, and stays
-    return np.where(left_of_y < nothing, np.nan, found)
+    left = np.ones_like(r[0, 1])
+    while len(r) > 2:
+        *_, last = r
+        rest = 1 - last[:-1] ** 2  # (k - 1, …)
+        left = left * rest[1]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            r = (r[:-1, :-1] - last[:-1, None] * last[None, :-1]) / np.sqrt(rest[:, None] * rest[None, :])
+        gone = rest < nothing  # NaN is not below anything, and stays
+        r = np.where(gone[:, None] | gone[None, :], 0.0, r)
+        r = np.where(gone[1], np.nan, r)
+    return r[0, 1], 1 - left
 
 
 def _sums(scores: Any, bank: Bank, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -302,49 +324,36 @@ def _halves(seeds: int, half: int) -> list[tuple[tuple[int, ...], tuple[int, ...
 
 
 def _resample(
-    predicted: np.ndarray,
-    actual: np.ndarray,
-    draws: int,
-    rng: np.random.Generator,
-    given: np.ndarray | None = None,
+    predicted: np.ndarray, actual: np.ndarray, draws: int, rng: np.random.Generator, *known: np.ndarray
 ) -> np.ndarray:
-    """The mean rank correlation of each bootstrap resample of subsets and rows, (draws,); partial where given a third.
+    """The mean rank correlation of each bootstrap resample of subsets and rows, (draws,).
 
-    Drawing subset j w_j times gives subset i the centred rank Σ_j w_j sign(x_i - x_j) / 2, ties averaged, so
-    the ranks of all resamples are one matrix product, and nothing is sorted again. Their weighted mean is
-    zero by antisymmetry.
+    All are (rows, subsets); the correlation is partial given what is known. Drawing subset j w_j
+    times gives subset i the centred rank Σ_j w_j sign(x_i - x_j) / 2, ties averaged, so the ranks of all resamples are
+    one matrix product, and nothing is sorted again. Their weighted mean is zero by antisymmetry.
     """
     rows, subsets = actual.shape
     subset_counts = rng.multinomial(subsets, np.full(subsets, 1 / subsets), draws).astype(np.float32)
     row_counts = rng.multinomial(rows, np.full(rows, 1 / rows), draws)
     correlations = np.empty((rows, draws), dtype=np.float32)
     step = max(1, _CELLS // (subsets * max(draws, subsets)))
-    ranked = [predicted, actual] if given is None else [predicted, actual, given]
     weights = subset_counts.T
+
     for start in range(0, rows, step):
         part = slice(start, start + step)
         ranks = [
-            np.sign(x[part, :, None] - x[part, None, :]).astype(np.float32) @ subset_counts.T for x in ranked
-        ]  # (rows, subsets, draws) each
-        if given is None:
-            (correlations[part],) = _correlations(ranks, weights)
-        else:
-            of_both, of_predicted, of_actual = _correlations(ranks, weights)
-            correlations[part] = partial_correlation(of_both, of_predicted, of_actual, nothing=1e-5)
+            np.sign(x[part, :, None] - x[part, None, :]).astype(np.float32) @ weights
+            for x in (predicted, actual, *known)
+        ]
+        for x in ranks:  # (rows, subsets, draws) each
+            scaled = x * np.sqrt(weights)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                np.divide(scaled, np.sqrt((scaled * scaled).sum(1, keepdims=True)), out=x)
+        correlations[part] = partial_correlation(_pairs(ranks, lambda a, b: (a * b).sum(1)), nothing=1e-5)[0]
     finite = np.isfinite(correlations)  # a resample of very few subsets may be constant
     counts = row_counts.T * finite
     with np.errstate(invalid="ignore"):
         return (np.where(finite, correlations, 0) * counts).sum(0) / counts.sum(0)
-
-
-def _correlations(ranks: list[np.ndarray], weights: np.ndarray) -> list[np.ndarray]:
-    """Of each pair of centred ranks (rows, subsets, draws), in the order (0, 1), (0, 2), (1, 2): (rows, draws) each."""
-    weighted = [x * weights for x in ranks]
-    own = [(w * x).sum(1) for w, x in zip(weighted, ranks, strict=True)]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return [
-            (weighted[a] * ranks[b]).sum(1) / np.sqrt(own[a] * own[b]) for a, b in combinations(range(len(ranks)), 2)
-        ]
 
 
 def _values(scores: Any) -> np.ndarray:
