@@ -8,8 +8,8 @@ how far that goes: its simplest model (linear, or a table of which token follows
 of pictures and rows, how near two inputs are, exp(-d² / h) with h the median d² and a quarter of it, where the labels
 are equal, and a share of its negative where they differ. For each strategy: its LDS, its partial LDS given the simplest
 model, and given all four, with the interval of the first ensemble over subsets and test examples. TRAK with its
-defaults; models, scores and bank are those of ``bench/frontier.py`` and ``bench/removal.py``, in the same folder, and
-kept there.
+defaults, or, of the strategies, with another residual or Hessian. Models, scores and bank are those of
+``bench/frontier.py`` and ``bench/removal.py``, in the same folder, and kept there.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import byline
+from byline.methods import residuals, trak
 from byline.settings.workshop import Workshop
 from common import environment, save, spread, table
 from frontier import arguments, folder_of, named, other_recipe, refusal, setting_of
@@ -106,6 +107,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=ASKED, help="names of strategies of bench/frontier.py")
     parser.add_argument("--simplest", help="the strategy of the simplest model (a short run of the setting's)")
     parser.add_argument("--untrained", type=int, default=10, help="untrained models that vote (%(default)s)")
+    parser.add_argument("--residual", default="mean", choices=residuals.KINDS, help="the strategies' (%(default)s)")
+    parser.add_argument("--hessian", default="unweighted", choices=trak.HESSIANS, help="the strategies' (%(default)s)")
     parser.add_argument("--other-bank", action="store_true", help="against subsets of a quarter instead of a half")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of the interval (%(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -124,8 +127,10 @@ def main() -> None:
     seeds = range(options.seeds)
     known = [ignorant(setting, out, seed, simplest, options.untrained) for seed in seeds]
     rows = []
+    asked = {"residual": options.residual, "hessian": options.hessian}
+    variant = {name: value for name, value in asked.items() if value != parser.get_default(name)}
     for strategy in strategies:
-        scores = [scores_of(strategy, setting, out, seed) for seed in seeds]
+        scores = [scores_of(strategy, setting, out, seed, **variant) for seed in seeds]
         rows.append({"name": strategy.name, **measured(scores, known, bank, options.bootstrap)})
         print(f"  {strategy.name}: {spread(rows[-1]['all'])}", file=sys.stderr, flush=True)
     own = {
@@ -134,8 +139,8 @@ def main() -> None:
     }
     print(show(rows, own))
     if options.json:
-        asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-        save(options.json, {"options": asked, "rows": rows, "known": own, "environment": environment()})
+        given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+        save(options.json, {"options": given, "rows": rows, "known": own, "environment": environment()})
 
 
 def show(rows: list[dict[str, Any]], known: dict[str, list[float]]) -> str:

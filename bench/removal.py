@@ -47,21 +47,24 @@ MODELS = 1000
 """Seeds of retrained models begin here: no model that votes is among them."""
 
 
-def scores_of(strategy: Strategy, setting: Any, out: Path, seed: int) -> np.ndarray:
-    """(n_test, n_train) TRAK's scores with its defaults, kept in a file."""
+def scores_of(strategy: Strategy, setting: Any, out: Path, seed: int, **variant: str) -> np.ndarray:
+    """(n_test, n_train) TRAK's scores with its defaults, or another residual or Hessian; kept in a file."""
     shop = Workshop(setting, out, print, progress=False)
-    key = shop.key(part="scores", strategy=strategy.key(), seed=seed, **others(strategy, setting))
+    key = shop.key(part="scores", strategy=strategy.key(), seed=seed, **others(strategy, setting), **variant)
     kept = out / "removal" / f"scores-{strategy.slug}-{key}.safetensors"
     if kept.exists():
         return load_file(kept)["scores"]
     trainers = trainers_of(strategy, setting, out / "frontier-models", seed)
     own, (ensemble, _, _) = trainers.setting, trainers.ensemble(strategy)
     attributor = byline.TRAK(
-        strategy.task(own), ensemble, features=strategy.features(own), progress=False, batch_size=own.batch_size
-    )
+        strategy.task(own), ensemble, features=strategy.features(own), progress=False, batch_size=own.batch_size,
+        **variant,
+    )  # fmt: skip
     found = attributor.fit(own.train_set).attribute(own.test_set).values
     for other in named(strategy.beside) if strategy.beside else ():
-        found = byline.blend(byline.Scores(found), byline.Scores(scores_of(other, setting, out, seed))).values
+        found = byline.blend(
+            byline.Scores(found), byline.Scores(scores_of(other, setting, out, seed, **variant))
+        ).values
     kept.parent.mkdir(parents=True, exist_ok=True)
     part = kept.with_suffix(".part")
     save_file({"scores": np.ascontiguousarray(found)}, part)
