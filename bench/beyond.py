@@ -26,6 +26,7 @@ from torch import Tensor
 
 import byline
 from byline.methods import residuals, trak
+from byline.settings import controls
 from byline.settings.workshop import Workshop
 from common import environment, save, spread, table
 from frontier import arguments, folder_of, named, other_recipe, refusal, setting_of
@@ -53,21 +54,8 @@ NAMES = "simplest", "untrained", "near", "nearer"
 
 def ignorant(setting: Any, out: Path, seed: int, simplest: str, untrained: int) -> list[np.ndarray]:
     """(n_test, n_train) scores that know nothing of the trained model, the simplest model's first."""
-    found = [scores_of(named(simplest)[0], setting, out, seed), of_untrained(setting, seed, untrained)]
+    found = [scores_of(named(simplest)[0], setting, out, seed), controls.untrained(setting, untrained, seed)]
     return found + (of_inputs(setting) if setting.task().name == "classification" else [])
-
-
-def of_untrained(setting: Any, seed: int, models: int) -> np.ndarray:
-    """TRAK's scores with models as they are before training."""
-    states = []
-    for number in range(models):
-        torch.manual_seed(1000 * seed + number)
-        states.append(setting.build().state_dict())
-    attributor = byline.TRAK(
-        setting.task(), byline.Independent(states), features=setting.features(), progress=False,
-        batch_size=setting.batch_size,
-    )  # fmt: skip
-    return attributor.fit(setting.train_set).attribute(setting.test_set).values
 
 
 def of_inputs(setting: Any) -> list[np.ndarray]:

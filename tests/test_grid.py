@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from markupsafe import escape
 from typer.testing import CliRunner
 
+import byline
 from byline import cli, report
 from byline.methods.registry import methods
 from byline.report.grid import grid_content, grid_verdict
-from byline.settings import judges
+from byline.settings import controls, judges
 from byline.settings.grid import run
 from byline.settings.rows import GRID, Row, parse
+from byline.settings.workshop import Workshop
 from byline.training import Trainer
 from test_bench import BANK, small
 
@@ -126,6 +130,37 @@ def test_measures_that_retrain_are_run_when_asked_for(tmp_path: Path) -> None:
     assert set(measured) == {"loo", "removal", "brittleness"}
     assert -1 <= measured["loo"]["mean"] <= 1
     assert np.isfinite(measured["removal"]["mean"])
+
+
+def test_what_is_beyond_untrained_and_simplest_models_is_asked_for(tmp_path: Path) -> None:
+    setting = small()
+    options = {"method_names": ["grad-dot"], "ensembles": ["independent-1"], "bank_recipe": BANK}
+    result = run(setting, tmp_path, measures=["lds", "beyond"], queries=8, **options)
+    states = []
+    for number in range(5):
+        torch.manual_seed(number)
+        states.append(setting.build().state_dict())
+    attributor = byline.TRAK(setting.task(), byline.Independent(states), progress=False).fit(setting.train_set)
+    first = torch.utils.data.Subset(setting.test_set, range(8))
+    known = [attributor.attribute(first), controls.simplest(setting)[:8]]
+    shop = Workshop(setting, tmp_path, print, False)
+    whole = shop.bank(BANK)
+    bank = byline.Bank(whole.subsets, whole.outputs[:, :, :8])
+    (path,) = (tmp_path / "scores").glob("*.safetensors")
+    own = byline.partial_lds(byline.Scores.load(path), known, bank)
+    (cell,) = result["cells"]
+    assert cell["measures"]["beyond"]["mean"] == pytest.approx(own.mean, abs=1e-3)
+    assert cell["measures"]["beyond"]["low"] == pytest.approx(own.interval[0], abs=1e-3)
+    assert [line["measure"] for line in result["baselines"]] == ["lds", "lds"]
+    means = [byline.lds(values, bank).mean for values in known]
+    assert [line["mean"] for line in result["baselines"]] == pytest.approx(means, abs=1e-3)
+    page = report.build(result, tmp_path / "grid.html").read_text()
+    assert "which never saw the trained model" in page
+    assert "Partial LDS" in page
+    alone = run(setting, tmp_path, measures=["beyond"], queries=8, **options)
+    assert alone["baselines"] == []
+    with pytest.raises(ValueError, match="has no simpler model"):
+        controls.simplest(replace(setting, simplest=None))
 
 
 def test_flipped_labels_are_known_from_the_draw() -> None:

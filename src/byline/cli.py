@@ -89,7 +89,8 @@ def bench(
         str | None, typer.Option(help="Ensembles, by comma: independent-5, dropout-1x10:p=0.5, lora-1x4, noise-1x10 …")
     ] = None,
     measures: Annotated[
-        str | None, typer.Option(help="Measures, by comma: lds, mislabel, class, overlap, loo, removal, brittleness.")
+        str | None,
+        typer.Option(help="Measures, by comma: lds, beyond, mislabel, class, overlap, loo, removal, brittleness."),
     ] = None,
     queries: Annotated[int | None, typer.Option(help="How many test examples; all when left out.")] = None,
     engine: OnEngine = None,

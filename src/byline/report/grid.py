@@ -75,7 +75,7 @@ def _map(
             "value": f"{line['mean']:.3f}",
             "interval": interval(line),
             "heat": heat(line["mean"]),
-            "cost": f"training {human_flops(line['flops'])}",
+            "note": line.get("note") or f"no attribution, training {human_flops(line['flops'])}",
         }
         for line in lines
     ]

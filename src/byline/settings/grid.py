@@ -140,7 +140,7 @@ def run(
         folder: Where everything that was made is kept; a second run takes from it what has the same configuration.
         method_names: Names of the registry; all but the dear ones (`MethodInfo.dear`) when left out.
         ensembles: Names as `byline.settings.rows.parse` reads them.
-        measures: Names of `byline.settings.judges.JUDGES`; those that retrain nothing per cell when left out.
+        measures: Names of `byline.settings.judges.JUDGES`; those that are not dear when left out.
         queries: Number of test examples, from the first; all when left out.
         quick: A small bank and few test examples: to see that all works, not to quote.
         bank_recipe: The ground truth of the LDS; the setting's when left out.
@@ -150,7 +150,7 @@ def run(
         engine: Where models are trained, features computed and scores made.
 
     Returns:
-        The result, plain data: what `byline.report.build_grid` takes.
+        The result, plain data: what `byline.report.build` takes.
 
     Raises:
         ValueError: An unknown name, or queries out of range.
@@ -167,7 +167,7 @@ def run(
     other = Workshop(relabelled(setting), folder, tell, progress, engine) if "mislabel" in judges else None
     models = shop.models(models_needed(rows)) if models_needed(rows) else []
     flipped_models = other.models(models_needed(rows)) if other and models else []
-    bank = _restricted(shop.bank(recipe), count) if "lds" in judges else None
+    bank = _restricted(shop.bank(recipe), count) if any(judge.banks for judge in judges.values()) else None
 
     cells: list[dict[str, Any]] = []
     for row in rows:
@@ -194,7 +194,9 @@ def run(
         "ensembles": [{"name": row.name, "kind": row.kind, "detail": row.detail} for row in rows],
         "measures": [judge.describe() for judge in judges.values()],
         "cells": [{key: value for key, value in cell.items() if not key.startswith("_")} for cell in cells],
-        "baselines": [line for judge in judges.values() for line in judge.baselines(shop, other)],
+        "baselines": [
+            line for judge in judges.values() for line in judge.baselines(shop, other) if line["measure"] in judges
+        ],
         "notes": _notes(setting, recipe, quick, method_names is None),
         "environment": environment(),
         "command": command,
@@ -247,7 +249,7 @@ def _judges(names: Sequence[str] | None, setting: Setting) -> dict[str, Judge]:
             f"measures: {', '.join(odd)} needs one label per example, and {setting.name} has none; it can be judged by "
             f"{', '.join(can)}"
         )
-    chosen = names if names is not None else [name for name in can if not JUDGES[name].retrains]
+    chosen = names if names is not None else [name for name in can if not (JUDGES[name].retrains or JUDGES[name].aside)]
     return {name: JUDGES[name]() for name in chosen}
 
 

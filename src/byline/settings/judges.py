@@ -13,13 +13,14 @@ from torch.utils.data import TensorDataset
 
 from byline.evaluate.bank import Bank
 from byline.evaluate.detection import class_detection
-from byline.evaluate.lds import lds, lds_difference
+from byline.evaluate.lds import lds, lds_difference, partial_lds
 from byline.evaluate.loo import leave_one_out, leave_one_out_subsets
 from byline.evaluate.mislabel import flip_labels, mislabel_detection
 from byline.evaluate.overlap import topk_overlap
 from byline.evaluate.removal import brittleness, removal_curve
 from byline.evaluate.retraining import retrain
 from byline.scores import Scores
+from byline.settings import controls
 from byline.settings.base import Setting
 from byline.settings.workshop import Workshop
 from byline.uses.mislabels import held_out_losses
@@ -42,6 +43,10 @@ class Judge(ABC):
     """What is measured, in a sentence."""
     retrains: ClassVar[bool] = False
     """Whether each cell needs models of its own, so that it is not measured unless asked for."""
+    aside: ClassVar[bool] = False
+    """Whether it is not measured unless asked for, for another reason."""
+    banks: ClassVar[bool] = False
+    """Whether it needs the setting's bank."""
     labels: ClassVar[bool] = False
     """Whether it needs a label per example."""
     chance: ClassVar[float] = 0.0
@@ -68,6 +73,7 @@ class LDSJudge(Judge):
 
     name, title = "lds", "LDS"
     says = "Rank correlation of the scores with what retraining on random halves did (linear datamodeling score)."
+    banks = True
 
     def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any]:
         """Against the bank."""
@@ -88,6 +94,42 @@ class LDSJudge(Judge):
                 gain = lds_difference(cell["_scores"], one, self.bank, confidence=LEVEL)
                 low, high = gain.interval
                 cell["measures"][self.name]["gain"] = {"mean": gain.mean, "low": low, "high": high}
+
+
+class BeyondJudge(Judge):
+    """The partial LDS given what knows nothing of the trained model."""
+
+    name, title = "beyond", "Partial LDS"
+    says = (
+        "Rank correlation of the scores with what retraining on random halves did, beyond what scores foretell that "
+        "never saw the trained model: TRAK on five untrained models, and on the simplest model where there is one."
+    )
+    banks = aside = True
+
+    def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any]:
+        """Against the bank, given what the first cell had to find out."""
+        assert bank is not None
+        if not hasattr(self, "known"):
+            setting = cell.shop.setting
+            self.known = {"5 untrained models": controls.untrained(setting)}
+            if setting.simplest is not None:
+                self.known["the simplest model"] = controls.simplest(setting)
+            self.known = {title: values[: bank.n_test] for title, values in self.known.items()}
+            self.bank = bank
+        return _figure(partial_lds(scores, list(self.known.values()), bank, confidence=LEVEL))
+
+    def baselines(self, shop: Workshop, flipped: Workshop | None) -> list[dict[str, Any]]:
+        """The LDS of what is taken as known."""
+        known = getattr(self, "known", {})
+        return [
+            {
+                "measure": LDSJudge.name,
+                "title": f"TRAK on {title}",
+                "note": "which never saw the trained model",
+                **_figure(lds(values, self.bank, confidence=LEVEL)),
+            }
+            for title, values in known.items()
+        ]
 
 
 class MislabelJudge(Judge):
@@ -250,7 +292,16 @@ class BrittlenessJudge(_Removing):
 
 JUDGES: dict[str, type[Judge]] = {
     judge.name: judge
-    for judge in (LDSJudge, MislabelJudge, ClassJudge, OverlapJudge, LOOJudge, RemovalJudge, BrittlenessJudge)
+    for judge in (
+        LDSJudge,
+        BeyondJudge,
+        MislabelJudge,
+        ClassJudge,
+        OverlapJudge,
+        LOOJudge,
+        RemovalJudge,
+        BrittlenessJudge,
+    )
 }
 """Every measure, by its name on the command line."""
 
