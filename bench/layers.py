@@ -83,6 +83,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     setting = setting_of(options.setting)
+    if two := [strategy.name for strategy in named(*options.strategies) if strategy.beside]:
+        raise SystemExit(f"--strategies: {two[0]!r} blends two models; layers are compared within one")
     rows = measure(options, setting, folder_of(options))
     body = [
         [row["strategy"], row["layers"], f"{row['parameters']:,}", human_flops(row["serving"]), spread(row["lds"])]

@@ -348,6 +348,9 @@ def test_layers_are_compared_alone_and_left_out(setting, tmp_path, monkeypatch, 
     assert all(row["serving"] < whole["serving"] for row in alone)
     assert len({row["lds"][0] for row in [whole, *alone]}) == 1 + len(alone)
     assert "serving a query" in capsys.readouterr().out
+    blended = "5 checkpoints of a short run, and the simplest model, int8"
+    with pytest.raises(SystemExit, match="blends two models"):
+        run("layers", setting, monkeypatch, "--out", tmp_path, "--strategies", blended)
 
 
 def test_costs_are_in_trainings_of_one_model_or_nothing_is_said(setting, tmp_path):
