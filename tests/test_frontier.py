@@ -14,7 +14,7 @@ import torch
 
 import byline
 import reference as ref
-from byline.settings.workshop import Workshop
+from byline.settings import controls
 from test_bench import small
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
@@ -299,41 +299,48 @@ def test_removal_says_how_far_outputs_fall(setting, tmp_path, monkeypatch, capsy
         run("removal", setting, monkeypatch, "--out", tmp_path, "--only", "nonsense")
 
 
-def test_what_strategies_say_beyond_what_knows_no_model(setting, tmp_path, monkeypatch, capsys):
-    given = ["--out", tmp_path, "--seeds", 2, "--bootstrap", 50, "--untrained", 2]
+def test_what_strategies_say_beyond_what_never_saw_trained_weights(setting, tmp_path, monkeypatch, capsys):
+    given = ["--out", tmp_path, "--seeds", 2, "--bootstrap", 50, "--untrained", 2, "--reference", "independent 1"]
     given += ["--json", tmp_path / "found.json", "--only"]
     simplest = "1 short run of the simplest model, int8"
-    run("beyond", setting, monkeypatch, *given, "1 short run", simplest)
-    assert "beyond the simplest model" in capsys.readouterr().out
+    monkeypatch.setattr(frontier.Workshop, "bank", lambda *_: bank)
+    bank = byline.retrain(
+        setting.trainer(), setting.train_set, test_set=setting.test_set, task=setting.task(), subsets=20, progress=False
+    )
+    run("beyond", setting, monkeypatch, *given, "independent 1", "1 short run", simplest)
+    assert "more than independent 1" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
-    one, itself = found["rows"]
-    bank = Workshop(setting, tmp_path, print, False).bank(setting.bank_recipe)
+    reference, one, itself = found["rows"]
 
-    def scores(task, ensemble):
-        attributor = byline.TRAK(task, ensemble, features=setting.features(), progress=False)
+    def scores(name, **variant):
+        (strategy,) = frontier.named(name)
+        trainers = frontier.trainers_of(strategy, setting, tmp_path / "frontier-models", 1)
+        attributor = byline.TRAK(
+            trainers.setting.task(), trainers.ensemble(strategy)[0], features=strategy.features(trainers.setting),
+            progress=False, **variant,
+        )  # fmt: skip
         return attributor.fit(setting.train_set).attribute(setting.test_set).values
 
-    (short,) = frontier.named("1 short run")
-    own = scores(setting.task(), frontier.Trainers(setting, tmp_path / "frontier-models", 1).ensemble(short)[0])
-    (linear,) = frontier.named(simplest)
-    trainers = frontier.trainers_of(linear, setting, tmp_path / "frontier-models", 1)
-    known = [scores(trainers.setting.task(), trainers.ensemble(linear)[0])]
-    torch.manual_seed(1000)
-    first = setting.build().state_dict()
-    torch.manual_seed(1001)
-    known.append(scores(setting.task(), byline.Independent([first, setting.build().state_dict()])))
-    (x, y), (asked, labels) = setting.train_set.tensors, setting.test_set.tensors
-    distance = np.array([[((a - b) ** 2).sum().item() for b in x] for a in asked])
-    width = float(torch.as_tensor(distance).median())
-    same = labels.numpy()[:, None] == y.numpy()[None]
-    known += [np.exp(-distance / h) * np.where(same, 1, -1 / 9) for h in (width, width / 4)]
-    for name, values in zip(("simplest", "untrained", "near", "nearer"), known, strict=True):
-        assert found["known"][name][1] == pytest.approx(byline.lds(values, bank, bootstrap=0).mean, abs=0.02)
-    assert one["simplest"][1] == pytest.approx(byline.partial_lds(own, known[0], bank, bootstrap=0).mean, abs=0.02)
-    assert one["all"][1] == pytest.approx(byline.partial_lds(own, known, bank, bootstrap=0).mean, abs=0.02)
-    assert one["lds"][1] == pytest.approx(byline.lds(own, bank, bootstrap=0).mean, abs=0.02)
-    assert one["interval"][0] < one["all"][0] < one["interval"][1]
+    own, known = scores("1 short run"), [scores(simplest), controls.untrained(setting, 2, 1)]
+    known += controls.nearness(setting).values()
+    for name, values in zip(("simplest", "untrained", *controls.NEAR), known, strict=True):
+        assert found["known"][name][1] == pytest.approx(byline.lds(values, bank, bootstrap=0).mean, abs=1e-3)
+    assert one["simplest"][1] == pytest.approx(byline.partial_lds(own, known[0], bank, bootstrap=0).mean, abs=1e-3)
+    assert one["all"][1] == pytest.approx(byline.partial_lds(own, known, bank, bootstrap=0).mean, abs=1e-3)
+    assert one["lds"][1] == pytest.approx(byline.lds(own, bank, bootstrap=0).mean, abs=1e-3)
+    more = byline.lds_difference(own, scores("independent 1"), bank, given=known, bootstrap=50)
+    assert [one[name][1] for name in ("more", "low", "high")] == pytest.approx([more.mean, *more.interval], abs=1e-3)
     assert itself["simplest"] == itself["all"] == [0, 0]
+    assert reference["more"] == []
+    variant = ["--residual", "sqrt", "--hessian", "weighted", "--reference-residual", "sqrt"]
+    run("beyond", setting, monkeypatch, *variant, *given, "independent 1", "1 short run")
+    reference, one = json.loads((tmp_path / "found.json").read_text())["rows"]
+    own = scores("1 short run", residual="sqrt", hessian="weighted")
+    assert one["lds"][1] == pytest.approx(byline.lds(own, bank, bootstrap=0).mean, abs=1e-3)
+    best = scores("independent 1", residual="sqrt")
+    more = byline.lds_difference(own, best, bank, given=known, bootstrap=50)
+    assert one["more"][1] == pytest.approx(more.mean, abs=1e-3)
+    assert len(reference["more"]) == 2, "the reference keeps the Hessian of its default"
     with pytest.raises(SystemExit, match=f"{simplest}: digits-mlp has no simpler model"):
         run("beyond", replace(setting, simplest=None), monkeypatch, *given, "1 short run")
 

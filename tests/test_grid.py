@@ -132,35 +132,91 @@ def test_measures_that_retrain_are_run_when_asked_for(tmp_path: Path) -> None:
     assert np.isfinite(measured["removal"]["mean"])
 
 
-def test_what_is_beyond_untrained_and_simplest_models_is_asked_for(tmp_path: Path) -> None:
-    setting = small()
-    options = {"method_names": ["grad-dot"], "ensembles": ["independent-1"], "bank_recipe": BANK}
+def test_what_is_beyond_what_never_saw_trained_weights_is_asked_for(tmp_path: Path) -> None:
+    setting, recipe = small(), replace(BANK, subsets=20)
+    options = {"method_names": ["grad-dot"], "ensembles": ["independent-1"], "bank_recipe": recipe}
     result = run(setting, tmp_path, measures=["lds", "beyond"], queries=8, **options)
-    states = []
-    for number in range(5):
-        torch.manual_seed(number)
-        states.append(setting.build().state_dict())
-    attributor = byline.TRAK(setting.task(), byline.Independent(states), progress=False).fit(setting.train_set)
     first = torch.utils.data.Subset(setting.test_set, range(8))
-    known = [attributor.attribute(first), controls.simplest(setting)[:8]]
-    shop = Workshop(setting, tmp_path, print, False)
-    whole = shop.bank(BANK)
+    known = [controls.untrained(setting, test_set=first), controls.simplest(setting, test_set=first)]
+    known += [values[:8] for values in controls.nearness(setting).values()]
+    whole = Workshop(setting, tmp_path, print, False).bank(recipe)
     bank = byline.Bank(whole.subsets, whole.outputs[:, :, :8])
     (path,) = (tmp_path / "scores").glob("*.safetensors")
     own = byline.partial_lds(byline.Scores.load(path), known, bank)
     (cell,) = result["cells"]
-    assert cell["measures"]["beyond"]["mean"] == pytest.approx(own.mean, abs=1e-3)
-    assert cell["measures"]["beyond"]["low"] == pytest.approx(own.interval[0], abs=1e-3)
-    assert [line["measure"] for line in result["baselines"]] == ["lds", "lds"]
+    figure = cell["measures"]["beyond"]
+    assert (figure["mean"], figure["low"]) == pytest.approx((own.mean, own.interval[0]), abs=1e-3)
+    assert figure["ceiling"] == pytest.approx(own.ceiling, abs=1e-3)
+    assert [line["measure"] for line in result["baselines"]] == ["lds"] * 5
     means = [byline.lds(values, bank).mean for values in known]
     assert [line["mean"] for line in result["baselines"]] == pytest.approx(means, abs=1e-3)
     page = report.build(result, tmp_path / "grid.html").read_text()
-    assert "which never saw the trained model" in page
-    assert "Partial LDS" in page
-    alone = run(setting, tmp_path, measures=["beyond"], queries=8, **options)
-    assert alone["baselines"] == []
+    assert page.count("never saw trained weights</small>") == 5
+    assert f"no method come further than {own.ceiling:.2f}" in page
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "controls").iterdir()}
+    again = run(setting, tmp_path, measures=["beyond"], queries=8, **options)
+    assert again["baselines"] == []
+    assert again["cells"][0]["measures"]["beyond"] == figure
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "controls").iterdir()} == made
+    few = run(
+        setting, tmp_path, measures=["beyond", "lds"], queries=8, **{**options, "bank_recipe": replace(BANK, subsets=9)}
+    )
+    assert len(few["baselines"]) == 2, "a bank of nine subsets lets two be known"
+    none = run(
+        setting, tmp_path, measures=["beyond"], queries=8, **{**options, "bank_recipe": replace(BANK, subsets=3)}
+    )
+    assert none["cells"][0]["measures"]["beyond"] is None
+    assert "Partial LDS" in report.build(none, tmp_path / "none.html").read_text()
+
+
+def test_untrained_models_are_none_of_those_that_vote() -> None:
+    setting = small()
+    states = []
+    for number in range(2):
+        torch.manual_seed(controls.SEEDS + 3000 + number)
+        states.append(setting.build().state_dict())
+    attributor = byline.TRAK(setting.task(), byline.Independent(states), progress=False).fit(setting.train_set)
+    expected = attributor.attribute(setting.test_set).values
+    before = torch.random.get_rng_state()
+    np.testing.assert_allclose(controls.untrained(setting, 2, 3), expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_simplest_model_is_trained_once_for_a_third_of_the_epochs() -> None:
+    setting = replace(small(), recipe=replace(small().recipe, epochs=18))
+    task = setting.task().with_model(setting.simplest().eval())
+    recipe = replace(setting.recipe, epochs=6)
+    ensemble = byline.train_ensemble(
+        task, setting.train_set, recipe, models=1, build=setting.simplest, seed=2, progress=False
+    )
+    expected = byline.TRAK(task, ensemble, progress=False).fit(setting.train_set).attribute(setting.test_set).values
+    found = controls.simplest(setting, 2)
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.999
+    longer = replace(setting, recipe=replace(setting.recipe, epochs=54))
+    assert np.corrcoef(controls.simplest(longer, 2).ravel(), expected.ravel())[0, 1] < 0.999
     with pytest.raises(ValueError, match="has no simpler model"):
         controls.simplest(replace(setting, simplest=None))
+
+
+def test_kernel_ridge_scores_are_contributions_to_a_prediction() -> None:
+    """By hand: H(z, ·) of scikit-learn's solution, and what is left of the one-hot labels."""
+    from sklearn.kernel_ridge import KernelRidge
+
+    setting = small()
+    (x, y), (asked, labels) = (tuple(t.numpy() for t in data.tensors) for data in (setting.train_set, setting.test_set))
+    x, asked = x.reshape(len(x), -1).astype(float), asked.reshape(len(asked), -1).astype(float)
+    distance = ((asked[:, None] - x[None]) ** 2).sum(-1)
+    width = float(torch.as_tensor(distance).median())
+    fitted = KernelRidge(alpha=0.1, kernel="rbf", gamma=1 / width).fit(x, np.eye(len(x)))
+    hat, among = fitted.predict(asked), fitted.predict(x)
+    target = np.eye(int(y.max()) + 1)[y]
+    expected = hat * (target - among @ target)[:, labels].T
+    found = controls.nearness(setting)
+    np.testing.assert_allclose(found["kernel ridge"], expected, atol=1e-5)
+    same = labels[:, None] == y[None]
+    np.testing.assert_allclose(
+        found["nearer"], np.exp(-distance / (width / 4)) * np.where(same, 1, -1 / y.max()), atol=1e-5
+    )
 
 
 def test_flipped_labels_are_known_from_the_draw() -> None:

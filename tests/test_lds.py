@@ -273,15 +273,95 @@ def test_what_a_baseline_explains_in_full_is_left_out(rng):
     assert "1 constant or fully explained test examples left out" in repr(found)
 
 
+@pytest.mark.parametrize(("subsets", "baselines"), [(16, 1), (16, 4), (50, 12)])
+@pytest.mark.parametrize("useless", [True, False])
+def test_the_partial_ceiling_makes_up_for_what_baselines_explain_by_chance(subsets, baselines, useless, rng):
+    weights = rng.normal(size=(baselines + 1, 400, 200))
+    chosen = masks(subsets, 200, rng)
+    truth = (weights[0] if useless else weights.sum(0)) @ chosen.T
+    truth = (truth - truth.mean(1, keepdims=True)) / truth.std(1, keepdims=True)
+    bank = Bank(chosen, truth.T[:, None] + rng.normal(size=(subsets, 3, 400)))
+    perfect = weights[0] if useless else weights.sum(0)
+    found = partial_lds(perfect, list(weights[1:]), bank, bootstrap=0)
+    assert found.mean < found.ceiling + 0.02
+    assert found.mean == pytest.approx(found.ceiling, abs=0.08)
+
+
+def test_as_many_baselines_as_are_let_through_keep_all_within_one(rng):
+    bank = Bank(masks(20, 40, rng), rng.normal(size=(20, 2, 12)))
+    scores, *baselines = rng.normal(size=(6, 12, 40))
+    found = partial_lds(scores, baselines, bank)
+    assert np.abs(found.per_example).max() <= 1
+    assert -1 <= found.interval[0] < found.mean < found.interval[1] <= 1
+    tiny = Bank(bank.subsets[:4], bank.outputs[:4])
+    assert np.abs(partial_lds(scores, baselines[0], tiny, bootstrap=0).per_example).max() <= 1
+
+
+def test_a_baseline_that_is_constant_for_an_example_says_nothing_of_it(bank, rng):
+    scores, one, two = rng.normal(size=(3, 12, 40))
+    two[3] = 0
+    found = partial_lds(scores, [one, two], bank)
+    assert found.left_out == 0
+    assert found.per_example[3] == pytest.approx(partial_lds(scores, one, bank).per_example[3])
+    np.testing.assert_allclose(
+        partial_lds(scores, np.zeros((12, 40)), bank).per_example, lds(scores, bank).per_example, atol=1e-12
+    )
+    scores[5] = 0
+    assert np.flatnonzero(np.isnan(partial_lds(scores, [one, two], bank).per_example)).tolist() == [5]
+
+
+def test_left_out_examples_are_in_no_interval(bank, rng):
+    scores, given = rng.normal(size=(2, 12, 40))
+    bank = Bank(bank.subsets, bank.outputs + ((scores + given) @ bank.subsets.T).T[:, None])
+    scores[0] = 0
+    found = partial_lds(scores, given, bank, seed=4)
+    alone = Bank(bank.subsets, bank.outputs[:, :, 1:])
+    expected = partial_lds(scores[1:], given[1:], alone, seed=4)
+    assert found.left_out == 1
+    assert (found.mean, found.interval) == (pytest.approx(expected.mean), pytest.approx(expected.interval, abs=1e-6))
+    assert found.ceiling == pytest.approx(
+        np.sqrt((lds(scores, bank).ceiling ** 2 - share(given[1:], alone)) / (1 - share(given[1:], alone)))
+    )
+
+
+def share(given, bank):
+    """Of the bank's ranks that a baseline explains, adjusted (Ezekiel 1930)."""
+    squares = lds(given, bank, bootstrap=0).per_example ** 2
+    return np.mean(1 - (1 - squares) * (len(bank.subsets) - 1) / (len(bank.subsets) - 2))
+
+
+def test_the_difference_of_two_partial_lds_is_on_the_same_resamples(bank, rng):
+    one, two, three, four = rng.normal(size=(4, 12, 40))
+    found = lds_difference(one, two, bank, given=[three, four])
+    first, second = (partial_lds(x, [three, four], bank) for x in (one, two))
+    np.testing.assert_allclose(found.per_example, first.per_example - second.per_example, atol=1e-12)
+    assert found.mean == pytest.approx(first.mean - second.mean)
+    assert found.interval[0] < found.mean < found.interval[1]
+    near = lds_difference(one, one + 1e-3 * two, bank, given=three)
+    assert near.interval[1] - near.interval[0] < 0.3 * (found.interval[1] - found.interval[0])
+    same = lds_difference(three, three, bank, given=[three, four])
+    assert (same.mean, same.interval) == (0, (0, 0))
+    with pytest.raises(ValueError, match=r"given\[1\]: got shape"):
+        lds_difference(one, two, bank, given=[three, four[:3]])
+
+
 def test_the_partial_lds_names_a_bad_baseline(bank):
     scores = np.zeros((12, 40))
     with pytest.raises(ValueError, match=r"baselines: got shape \(40, 12\); .*\(12, 40\)"):
         partial_lds(scores, np.zeros((40, 12)), bank)
     with pytest.raises(ValueError, match=r"baselines\[1\]: got shape \(40, 12\); .*\(12, 40\)"):
         partial_lds(scores, [scores, np.zeros((40, 12))], bank)
-    with pytest.raises(ValueError, match="baselines: got an empty list"):
-        partial_lds(scores, [], bank)
-    with pytest.raises(ValueError, match=r"baselines: got shape \(\)"):
-        partial_lds(scores, None, bank)
+    for many in (0, 8):
+        with pytest.raises(ValueError, match=f"baselines: got {many} for a bank of 30 subsets; expected at least one"):
+            partial_lds(scores, [scores] * many, bank)
+    row = scores[0]
+    for odd in (None, row, scores[None], np.full((12, 40), None), scores * 1j, "linear", {}):
+        for given, name in (([scores, odd], r"baselines\[1\]"), (odd, "baselines"), ([odd], r"baselines(\[0\])?")):
+            with pytest.raises(ValueError, match=f"^{name}: got "):
+                partial_lds(scores, given, bank)
+    with pytest.raises(ValueError, match=r"^baselines: got a list that is no matrix"):
+        partial_lds(scores, [[1, 2], [3]], bank)
+    with pytest.raises(ValueError, match="bank is a ndarray; expected a"):
+        partial_lds(scores, bank, scores)
     with pytest.raises(ValueError, match="bootstrap"):
         partial_lds(scores, scores.tolist(), bank, bootstrap=-1)

@@ -27,6 +27,7 @@ from byline.evaluate.measure import check_bootstrap, percentile
 Correlation = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 _SPLITS = 20  # ways of halving the seeds that are averaged, where there are more
+_NOTHING = 1e-5  # rounding of 1 - r² in the bootstrap's float32; a swap of two ranks in 150 subsets is more
 _CELLS = 500_000  # float32 cells of the bootstrap's largest array: 2 MB stay in the cache
 
 
@@ -38,9 +39,11 @@ class LDS:
         mean: Mean over the test examples that count.
         interval: Bootstrap confidence interval of the mean, (low, high), over subsets and test examples
             together; NaN if no bootstrap was asked for.
-        per_example: (n_test,) float64; NaN where the bank's outputs or the summed scores are constant.
+        per_example: (n_test,) float64; NaN where the bank's outputs or the summed scores are constant, and of a partial
+            LDS where the baselines rank as the bank does.
         ceiling: What a perfect prediction of the expected output would reach against this bank: the root of
-            the reliability of the mean over seeds, see `noise_ceiling`. NaN with one seed.
+            the reliability of the mean over seeds, see `noise_ceiling`. NaN with one seed. Of a partial LDS that of
+            what the baselines leave, see `partial_lds`: neither it nor the mean is on the scale of an LDS.
         split_half: Mean rank correlation between halves of the seeds, as it is. NaN with one seed.
         left_out: Number of test examples without a value.
         subsets: Number of subsets.
@@ -120,7 +123,14 @@ class LDSDifference:
 
 
 def lds_difference(
-    scores: Any, baseline: Any, bank: Bank, *, bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0
+    scores: Any,
+    baseline: Any,
+    bank: Bank,
+    *,
+    given: Any = None,
+    bootstrap: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> LDSDifference:
     """The LDS of scores minus that of a baseline's, against one bank.
 
@@ -131,6 +141,7 @@ def lds_difference(
         scores: `byline.Scores`, or an array or tensor, (n_test, n_train); positive means proponent.
         baseline: The same, of what it is compared with.
         bank: The ground truth of both.
+        given: What is taken as known, as the baselines of `partial_lds`: the difference is then of two partial LDS.
         bootstrap: Resamples for the interval.
         confidence: Of the interval, between 0 and 1.
         seed: Of the resamples.
@@ -139,19 +150,22 @@ def lds_difference(
         The difference with its interval.
 
     Raises:
-        ValueError: If shapes do not match, a score is not finite, or the bank has fewer than 3 subsets.
+        ValueError: If shapes do not match, a score is not finite, or the bank has fewer than 3 subsets, or fewer than
+            four to each of what is given.
     """
     mine, actual = _sums(scores, bank, "scores")
     theirs, _ = _sums(baseline, bank, "baseline")
+    known = [] if given is None else _known(given, bank, "given")
     check_bootstrap(bootstrap, confidence, least=1)
-    each = spearman(mine, actual) - spearman(theirs, actual)
+    one, two = (partial_correlation(_pairs([x, actual, *known], spearman))[0] for x in (mine, theirs))
+    each = one - two
     valid = np.isfinite(each)
     if not valid.any():
         nan = float("nan")
         return LDSDifference(nan, (nan, nan), each, confidence)
     # a generator each, alike: the same resamples
     one, two = (
-        _resample(predicted[valid], actual[valid], bootstrap, np.random.default_rng(seed))
+        _resample(predicted[valid], actual[valid], bootstrap, np.random.default_rng(seed), *(x[valid] for x in known))
         for predicted in (mine, theirs)
     )
     return LDSDifference(float(each[valid].mean()), percentile(one - two, confidence), each, confidence)
@@ -180,26 +194,44 @@ def partial_lds(
         seed: Of the resamples.
 
     Returns:
-        As `byline.lds` does. Scores that rank the subsets as a baseline does have 0. Test examples without a value
-        are those where scores, a baseline or the bank are constant, and those where baselines rank as the bank does.
-        The ceiling is that of a perfect prediction, sqrt((ρ - R²) / (1 - R²)) with ρ the bank's reliability and R² the
-        mean share that the baselines explain of its ranks: what they leave to be said.
+        As `byline.lds` does. Scores that rank the subsets as a baseline does have 0, and a baseline that is constant
+        for a test example says nothing of it. The ceiling is that of a perfect prediction, sqrt((ρ - R²) / (1 - R²))
+        with ρ the bank's reliability and R² the share of its ranks that the baselines explain, adjusted for how much
+        as many would by chance (Ezekiel 1930), in the mean over test examples. It is no share of an LDS: the scale is
+        that of what the baselines leave.
 
     Raises:
         ValueError: If shapes do not match, a score is not finite, there is no baseline, or the bank has fewer than 3
-            subsets.
+            subsets, or fewer than four to each baseline.
     """
-    several = list(baselines) if isinstance(baselines, list | tuple) and _are_matrices(baselines) else [baselines]
+    return _judged(scores, bank, _known(baselines, bank, "baselines"), bootstrap, confidence, seed)
+
+
+def _known(baselines: Any, bank: Bank, name: str) -> list[np.ndarray]:
+    """What each of one or several baselines foretells, (n_test, subsets).
+
+    Raises:
+        ValueError: None, too many, or one that does not fit.
+    """
+    # a list of rows of numbers is one matrix
+    several = isinstance(baselines, list | tuple) and (not baselines or any(_depth(each) != 1 for each in baselines))
+    count, most = len(baselines) if several else 1, len(_bank(bank).subsets) // 4
+    if not 0 < count <= most:
+        raise ValueError(
+            f"{name}: got {count} for a bank of {len(bank.subsets)} subsets; expected at least one, and at most one to "
+            "every four subsets, for more explain much by chance"
+        )
     if not several:
-        raise ValueError("baselines: got an empty list; expected scores, or a list of them")
-    name = "baselines" if len(several) == 1 else "baselines[{}]"
-    known = [_sums(each, bank, name.format(i))[0] for i, each in enumerate(several)]
-    return _judged(scores, bank, known, bootstrap, confidence, seed)
+        return [_sums(baselines, bank, name)[0]]
+    return [_sums(each, bank, f"{name}[{i}]")[0] for i, each in enumerate(baselines)]
 
 
-def _are_matrices(values: list[Any] | tuple[Any, ...]) -> bool:
-    """Whether these are several matrices, and not the rows of one."""
-    return all(np.ndim(_values(each)) == 2 for each in values)
+def _depth(value: Any) -> int:
+    """How many indices it takes: 1 of a row of numbers."""
+    value = getattr(value, "values", value)
+    if isinstance(value, list | tuple):
+        return 1 + max(map(_depth, value), default=0)
+    return getattr(value, "ndim", 0)
 
 
 def _judged(scores: Any, bank: Bank, known: list[np.ndarray], bootstrap: int, confidence: float, seed: int) -> LDS:
@@ -207,11 +239,13 @@ def _judged(scores: Any, bank: Bank, known: list[np.ndarray], bootstrap: int, co
     predicted, actual = _sums(scores, bank, "scores")
     check_bootstrap(bootstrap, confidence)
     split_half, ceiling = noise_ceiling(bank)
-    each, explained = partial_correlation(_pairs([predicted, actual, *known], spearman))
+    each, explained, used = partial_correlation(_pairs([predicted, actual, *known], spearman))
     valid = np.isfinite(each)
     if known and valid.any():
-        share = explained[valid].mean()
-        ceiling = float(np.sqrt(np.maximum(ceiling**2 - share, 0.0) / (1 - share)))
+        subsets = len(bank.subsets)
+        adjusted = 1 - (1 - explained) * (subsets - 1) / (subsets - 1 - used)
+        share = adjusted[valid].mean()
+        ceiling = float(np.sqrt(np.clip((ceiling**2 - share) / (1 - share), 0.0, 1.0)))
     interval = (float("nan"), float("nan"))
     if bootstrap and valid.any():
         given, rng = [x[valid] for x in known], np.random.default_rng(seed)
@@ -239,30 +273,41 @@ def _pairs(values: list[np.ndarray], correlation: Correlation) -> np.ndarray:
     return found
 
 
-def partial_correlation(r: np.ndarray, nothing: float = 1e-12) -> tuple[np.ndarray, np.ndarray]:
-    """The partial correlation of the first and the second given all others, and the share they explain of the second.
+def partial_correlation(r: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The partial correlation of the first and the second given all others.
+
+    Where 1 - r² is below `_NOTHING`, the first is explained, and its partial correlation 0; another is known
+    already, and says nothing more; of the second nothing is left, and the correlation is NaN. A correlation with one of
+    the others that is NaN counts as 0.
 
     Args:
         r: (k, k, …) correlations.
-        nothing: Below this, 1 - r² is rounding: the first is then explained, and its partial correlation 0; another
-            is known already, and says nothing more; of the second nothing is left, and the correlation is NaN.
+
+    Returns:
+        That, the share of the second that the others explain, and how many of them are not explained by those after
+        them, (…) each.
     """
-    left = np.ones_like(r[0, 1])
+    left, used = np.ones_like(r[0, 1]), np.zeros(r.shape[2:], dtype=int)
+    r = np.concatenate([r[:2], np.nan_to_num(r[2:])])
+    r = np.concatenate([r[:, :2], np.nan_to_num(r[:, 2:])], axis=1)
     while len(r) > 2:
-        *_, last = r
+        last = r[-1]
         rest = 1 - last[:-1] ** 2  # (k - 1, …)
+        used = used + (last[-1] != 0)
         left = left * rest[1]
         with np.errstate(invalid="ignore", divide="ignore"):
             r = (r[:-1, :-1] - last[:-1, None] * last[None, :-1]) / np.sqrt(rest[:, None] * rest[None, :])
-        gone = rest < nothing  # NaN is not below anything, and stays
+        r = np.clip(r, -1, 1)
+        gone = rest < _NOTHING  # NaN is not below anything, and stays
         r = np.where(gone[:, None] | gone[None, :], 0.0, r)
         r = np.where(gone[1], np.nan, r)
-    return r[0, 1], 1 - left
+    return r[0, 1], 1 - left, used
 
 
 def _sums(scores: Any, bank: Bank, name: str) -> tuple[np.ndarray, np.ndarray]:
     """What scores foretell of each subset, and what the bank says, both (n_test, subsets)."""
-    values = _values(scores)
+    _bank(bank)
+    values = _values(scores, name)
     if values.shape != (bank.n_test, bank.n_train):
         raise ValueError(
             f"{name}: got shape {values.shape}; the bank expects (n_test, n_train) = ({bank.n_test}, {bank.n_train})"
@@ -328,9 +373,9 @@ def _resample(
 ) -> np.ndarray:
     """The mean rank correlation of each bootstrap resample of subsets and rows, (draws,).
 
-    All are (rows, subsets); the correlation is partial given what is known. Drawing subset j w_j
-    times gives subset i the centred rank Σ_j w_j sign(x_i - x_j) / 2, ties averaged, so the ranks of all resamples are
-    one matrix product, and nothing is sorted again. Their weighted mean is zero by antisymmetry.
+    All are (rows, subsets); the correlation is partial given what is known. Drawing subset j w_j times gives subset i
+    the centred rank Σ_j w_j sign(x_i - x_j) / 2, ties averaged, so the ranks of all resamples are one matrix product,
+    and nothing is sorted again. Their weighted mean is zero by antisymmetry.
     """
     rows, subsets = actual.shape
     subset_counts = rng.multinomial(subsets, np.full(subsets, 1 / subsets), draws).astype(np.float32)
@@ -338,7 +383,6 @@ def _resample(
     correlations = np.empty((rows, draws), dtype=np.float32)
     step = max(1, _CELLS // (subsets * max(draws, subsets)))
     weights = subset_counts.T
-
     for start in range(0, rows, step):
         part = slice(start, start + step)
         ranks = [
@@ -349,13 +393,30 @@ def _resample(
             scaled = x * np.sqrt(weights)
             with np.errstate(invalid="ignore", divide="ignore"):
                 np.divide(scaled, np.sqrt((scaled * scaled).sum(1, keepdims=True)), out=x)
-        correlations[part] = partial_correlation(_pairs(ranks, lambda a, b: (a * b).sum(1)), nothing=1e-5)[0]
+        correlations[part] = partial_correlation(_pairs(ranks, lambda a, b: (a * b).sum(1)))[0]
     finite = np.isfinite(correlations)  # a resample of very few subsets may be constant
+    if known:  # the correlation of what is left of so few is chance
+        finite &= (subset_counts > 0).sum(1) >= len(known) + 3
     counts = row_counts.T * finite
     with np.errstate(invalid="ignore"):
         return (np.where(finite, correlations, 0) * counts).sum(0) / counts.sum(0)
 
 
-def _values(scores: Any) -> np.ndarray:
+def _bank(bank: Any) -> Bank:
+    if not isinstance(bank, Bank):
+        raise ValueError(f"bank is a {type(bank).__name__}; expected a byline.Bank, as byline.retrain makes it")
+    return bank
+
+
+def _values(scores: Any, name: str) -> np.ndarray:
     values = scores if isinstance(scores, torch.Tensor) else getattr(scores, "values", scores)
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    try:
+        if isinstance(values, torch.Tensor):
+            values = values.detach().cpu()
+            values = values.float() if values.dtype == torch.bfloat16 else values
+        array = np.asarray(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: got a {type(scores).__name__} that is no matrix of numbers ({error})") from None
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: got a {type(scores).__name__} of {array.dtype}; expected a matrix of real numbers")
+    return array

@@ -14,15 +14,18 @@ _WARMEST = 62  # per cent of the accent in the best cell: text stays legible on 
 def grid_content(result: Mapping[str, Any]) -> dict[str, Any]:
     """What the template of a grid needs beyond what every report has."""
     cells = {(cell["method"], cell["ensemble"]): cell for cell in result["cells"]}
-    ceiling = result["bank"].get("ceiling")
-    maps = [
-        {
-            **_map(result, cells, measure["name"], measure.get("chance", 0.0)),
-            **measure,
-            "ceiling": f"{ceiling:.2f}" if ceiling is not None and measure["name"] == "lds" else None,
-        }
-        for measure in result["measures"]
-    ]
+    maps = []
+    for measure in result["measures"]:
+        name = measure["name"]
+        found = (cell["measures"].get(name) or {} for cell in result["cells"])
+        # the bank's is that of the LDS; a measure with one of its own has it in its figures
+        ceiling = (
+            result["bank"].get("ceiling")
+            if name == "lds"
+            else next(filter(None, (f.get("ceiling") for f in found)), None)
+        )
+        heat = _map(result, cells, name, measure.get("chance", 0.0))
+        maps.append({**heat, **measure, "ceiling": None if ceiling is None else f"{ceiling:.2f}"})
     maps.append(_costs(result, cells))
     points = _points(result)
     return {
@@ -41,7 +44,7 @@ def grid_content(result: Mapping[str, Any]) -> dict[str, Any]:
 def _map(
     result: Mapping[str, Any], cells: Mapping[tuple[str, str], Any], name: str, chance: float = 0.0
 ) -> dict[str, Any]:
-    lines = [line for line in result["baselines"] if line["measure"] == name]
+    lines = [line for line in result["baselines"] if line["measure"] == name and line["mean"] is not None]
     found = [c["measures"].get(name) for c in cells.values()]
     means = [f["mean"] for f in [*found, *lines] if f and f["mean"] is not None]
     low, high = min([*means, chance]), max([*means, chance + 1e-9])

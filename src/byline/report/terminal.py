@@ -81,7 +81,7 @@ def show_grid(result: Mapping[str, Any], console: Console) -> None:
             said = ["–" if not f or f["mean"] is None else f"{f['mean']:.3f}" for f in figures]
             table.add_row(escape(method["title"]), *said)
         for line in result["baselines"]:
-            if line["measure"] == measure["name"]:
+            if line["measure"] == measure["name"] and line["mean"] is not None:
                 table.add_row(f"[dim]{escape(line['title'])}[/dim]", f"{line['mean']:.3f}")
         console.print()
         console.print(table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
-from byline.evaluate.bank import Bank
+from byline.evaluate.bank import Bank, read, write
 from byline.evaluate.detection import class_detection
 from byline.evaluate.lds import lds, lds_difference, partial_lds
 from byline.evaluate.loo import leave_one_out, leave_one_out_subsets
@@ -22,6 +22,7 @@ from byline.evaluate.retraining import retrain
 from byline.scores import Scores
 from byline.settings import controls
 from byline.settings.base import Setting
+from byline.settings.bench import made_with
 from byline.settings.workshop import Workshop
 from byline.uses.mislabels import held_out_losses
 
@@ -43,8 +44,8 @@ class Judge(ABC):
     """What is measured, in a sentence."""
     retrains: ClassVar[bool] = False
     """Whether each cell needs models of its own, so that it is not measured unless asked for."""
-    aside: ClassVar[bool] = False
-    """Whether it is not measured unless asked for, for another reason."""
+    asked: ClassVar[bool] = False
+    """Whether it is not measured unless asked for: it is about other measures' figures."""
     banks: ClassVar[bool] = False
     """Whether it needs the setting's bank."""
     labels: ClassVar[bool] = False
@@ -97,38 +98,51 @@ class LDSJudge(Judge):
 
 
 class BeyondJudge(Judge):
-    """The partial LDS given what knows nothing of the trained model."""
+    """The partial LDS given what never saw trained weights."""
 
     name, title = "beyond", "Partial LDS"
     says = (
-        "Rank correlation of the scores with what retraining on random halves did, beyond what scores foretell that "
-        "never saw the trained model: TRAK on five untrained models, and on the simplest model where there is one."
+        "Rank correlation of the scores with what retraining on random halves did, beyond what is foretold by scores "
+        "that never saw trained weights; those are below the LDS. It has a scale of its own."
     )
-    banks = aside = True
+    banks = asked = True
+    known: Mapping[str, np.ndarray] | None = None
+    bank: Bank
 
-    def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any]:
-        """Against the bank, given what the first cell had to find out."""
+    def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any] | None:
+        """Against the bank; None where it has too few subsets."""
         assert bank is not None
-        if not hasattr(self, "known"):
-            setting = cell.shop.setting
-            self.known = {"5 untrained models": controls.untrained(setting)}
-            if setting.simplest is not None:
-                self.known["the simplest model"] = controls.simplest(setting)
-            self.known = {title: values[: bank.n_test] for title, values in self.known.items()}
-            self.bank = bank
-        return _figure(partial_lds(scores, list(self.known.values()), bank, confidence=LEVEL))
+        if self.known is None:
+            self.bank, self.known = bank, self._kept(cell, len(bank.subsets) // 4)
+        if not self.known:
+            return None
+        found = partial_lds(scores, list(self.known.values()), bank, confidence=LEVEL)
+        ceiling = found.ceiling if np.isfinite(found.ceiling) else None
+        return {**_figure(found), "ceiling": ceiling}
+
+    def _kept(self, cell: Cell, most: int) -> dict[str, np.ndarray]:
+        """As much as a bank allows to be known: found, or made and kept."""
+        shop, queries, made = cell.shop, cell.queries, {}
+        test_set = torch.utils.data.Subset(shop.setting.test_set, range(queries))
+        for title, make in list(controls.every(shop.setting, test_set).items())[:most]:
+            key = shop.key(part="control", title=title, queries=queries, **made_with(shop.setting))
+            path = shop.folder / "controls" / f"{key}.safetensors"
+            if not path.exists():
+                shop.tell(f"{title}: scores to be known")
+                write(path, {"scores": np.ascontiguousarray(make())}, {"title": title})
+            made[title] = read(path)[0]["scores"]
+        return made
 
     def baselines(self, shop: Workshop, flipped: Workshop | None) -> list[dict[str, Any]]:
         """The LDS of what is taken as known."""
-        known = getattr(self, "known", {})
         return [
             {
                 "measure": LDSJudge.name,
-                "title": f"TRAK on {title}",
-                "note": "which never saw the trained model",
+                "title": title,
+                "note": "never saw trained weights",
                 **_figure(lds(values, self.bank, confidence=LEVEL)),
             }
-            for title, values in known.items()
+            for title, values in (self.known or {}).items()
         ]
 
 
