@@ -129,14 +129,23 @@ def main() -> None:
         own = reference if plain and options.residual == options.reference_residual else own
         rows.append({"name": strategy.name, **measured(own, given, reference, bank, options.bootstrap)})
         print(f"  {strategy.name}: {spread(rows[-1]['all'])}", file=sys.stderr, flush=True)
-    of_known = {name: [byline.lds(of[name], bank, bootstrap=0).mean for of in known] for name in known[0]}
+    of_known = [
+        {
+            "name": name,
+            "lds": [byline.lds(of[name], bank, bootstrap=0).mean for of in known],
+            "beyond": [
+                byline.partial_lds(of[name], [of[o] for o in of if o != name], bank, bootstrap=0).mean for of in known
+            ],
+        }
+        for name in known[0]
+    ]
     print(show(rows, of_known, options.reference))
     if options.json:
         asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
         save(options.json, {"options": asked, "rows": rows, "known": of_known, "environment": environment()})
 
 
-def show(rows: list[dict[str, Any]], known: dict[str, list[float]], reference: str) -> str:
+def show(rows: list[dict[str, Any]], known: list[dict[str, Any]], reference: str) -> str:
     """The table."""
     header = ["strategy", "LDS", "beyond the simplest", f"beyond all {len(known)}", f"more than {reference}"]
     body = []
@@ -144,9 +153,10 @@ def show(rows: list[dict[str, Any]], known: dict[str, list[float]], reference: s
         more, low, high = (np.mean(row[name]) if row[name] else None for name in ("more", "low", "high"))
         said = "" if more is None else f"{more:+.3f} [{low:+.3f}, {high:+.3f}]"
         body.append([row["name"], spread(row["lds"]), spread(row["simplest"]), spread(row["all"]), said])
-    own = "; ".join(f"{name} {spread(values)}" for name, values in known.items())
+    own = "; ".join(f"{of['name']} {spread(of['lds'])} ({spread(of['beyond'])})" for of in known)
     ceilings = ", ".join(f"{ceiling:.2f}" for ceiling in rows[0]["ceilings"])
-    said = f"LDS of what never saw trained weights: {own}. Ceilings of the two columns of what is beyond: {ceilings}."
+    said = f"LDS of what never saw trained weights, and in brackets what each has beyond the others: {own}. "
+    said += f"Ceilings of the two columns of what is beyond: {ceilings}."
     return f"{table(header, body)}\n\n{said}"
 
 

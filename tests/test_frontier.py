@@ -323,8 +323,12 @@ def test_what_strategies_say_beyond_what_never_saw_trained_weights(setting, tmp_
 
     own, known = scores("1 short run"), [scores(simplest), controls.untrained(setting, 2, 1)]
     known += controls.nearness(setting).values()
-    for name, values in zip(("simplest", "untrained", *controls.NEAR), known, strict=True):
-        assert found["known"][name][1] == pytest.approx(byline.lds(values, bank, bootstrap=0).mean, abs=1e-3)
+    for place, of in enumerate(found["known"]):
+        others = [values for i, values in enumerate(known) if i != place]
+        assert of["name"] == ("simplest", "untrained", *controls.NEAR)[place]
+        assert of["lds"][1] == pytest.approx(byline.lds(known[place], bank, bootstrap=0).mean, abs=1e-3)
+        rest = byline.partial_lds(known[place], others, bank, bootstrap=0)
+        assert of["beyond"][1] == pytest.approx(rest.mean, abs=1e-3)
     assert one["simplest"][1] == pytest.approx(byline.partial_lds(own, known[0], bank, bootstrap=0).mean, abs=1e-3)
     assert one["all"][1] == pytest.approx(byline.partial_lds(own, known, bank, bootstrap=0).mean, abs=1e-3)
     assert one["lds"][1] == pytest.approx(byline.lds(own, bank, bootstrap=0).mean, abs=1e-3)
