@@ -1,4 +1,4 @@
-"""What the frontier's strategies foretell beyond scores that know nothing of the model: partial LDS.
+"""What the frontier's strategies foretell beyond scores that never saw trained weights: partial LDS.
 
     python bench/beyond.py                                                    # digits-mlp
     python bench/beyond.py --setting fashion-mlp --other-bank
