@@ -110,9 +110,9 @@ def every(setting: Setting, test_set: Any = None) -> dict[str, Callable[[], np.n
     if setting.simplest is not None:
         found["TRAK on the simplest model"] = lambda: simplest(setting, test_set=test_set)
     if setting.output == "classification":
-        titles = {"near": "distance of inputs", "nearer": "distance of inputs, half the width"}
+        titles = {"near": "Distance of inputs", "nearer": "Distance of inputs, half the width"}
         for name in NEAR:
-            title = titles.get(name, "kernel ridge regression on inputs")
+            title = titles.get(name, "Kernel ridge regression on inputs")
             found[title] = partial(_near, setting, name, count)
     return found
 
