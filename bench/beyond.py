@@ -28,8 +28,8 @@ import byline
 from byline.methods import residuals, trak
 from byline.settings import controls
 from byline.settings.workshop import Workshop
-from common import environment, save, spread, table
-from frontier import Strategy, arguments, folder_of, named, other_recipe, refusal, setting_of
+from common import asked, environment, save, spread, table
+from frontier import Strategy, arguments, folder_of, named, other_recipe, setting_of, wanted
 from removal import scores_of
 
 ASKED = (
@@ -80,7 +80,7 @@ def measured(
         row["simplest"].append(simplest.mean)
         row["all"].append(every.mean)
         row["ceilings"] = [simplest.ceiling, every.ceiling]
-        if draws and own is not other:
+        if draws and not np.array_equal(own, other):
             more = byline.lds_difference(own, other, bank, given=given, bootstrap=draws)
             for name, value in zip(("more", "low", "high"), (more.mean, *more.interval), strict=True):
                 row[name].append(value)
@@ -103,30 +103,24 @@ def main() -> None:
     options = parser.parse_args()
     setting = setting_of(options.setting)
     out = folder_of(options)
-    strategies = named(*options.only)
+    strategies = wanted(options.only, ASKED, setting)
     simplest = options.simplest or SIMPLEST.get(setting.task().name, AMONG_TOKENS)
-    if options.only is ASKED:
-        strategies = [strategy for strategy in strategies if not refusal(strategy, setting)]
-    for strategy in (*strategies, *named(simplest, options.reference)):
-        if said := refusal(strategy, setting):
-            raise SystemExit(f"{strategy.name}: {said}")
+    wanted((simplest, options.reference), (), setting)
     recipe = other_recipe(setting) if options.other_bank else setting.bank_recipe
     bank = Workshop(setting, out, print, progress=False).bank(recipe)
     seeds = range(options.seeds)
     known = [ignorant(setting, out, seed, simplest, options.untrained) for seed in seeds]
     given = [list(of.values()) for of in known]
 
-    def scores(strategy: Strategy, **asked: str) -> list[np.ndarray]:
-        asked = {name: value for name, value in asked.items() if value != parser.get_default(name)}
-        return [scores_of(strategy, setting, out, seed, **asked) for seed in seeds]
+    def scores(strategy: Strategy, **variant: str) -> list[np.ndarray]:
+        variant = {name: value for name, value in variant.items() if value != parser.get_default(name)}
+        return [scores_of(strategy, setting, out, seed, **variant) for seed in seeds]
 
     # the reference has its own residual: with it a fully trained ensemble is at its best
     reference = scores(*named(options.reference), residual=options.reference_residual)
     rows = []
     for strategy in strategies:
         own = scores(strategy, residual=options.residual, hessian=options.hessian)
-        plain = strategy.name == options.reference and options.hessian == "unweighted"
-        own = reference if plain and options.residual == options.reference_residual else own
         rows.append({"name": strategy.name, **measured(own, given, reference, bank, options.bootstrap)})
         print(f"  {strategy.name}: {spread(rows[-1]['all'])}", file=sys.stderr, flush=True)
     of_known = [
@@ -141,8 +135,7 @@ def main() -> None:
     ]
     print(show(rows, of_known, options.reference))
     if options.json:
-        asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-        save(options.json, {"options": asked, "rows": rows, "known": of_known, "environment": environment()})
+        save(options.json, {"options": asked(options), "rows": rows, "known": of_known, "environment": environment()})
 
 
 def show(rows: list[dict[str, Any]], known: list[dict[str, Any]], reference: str) -> str:

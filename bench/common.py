@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -164,6 +165,11 @@ def _git(*arguments: str) -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return done.stdout.strip()
+
+
+def asked(options: argparse.Namespace) -> dict[str, Any]:
+    """What a script was asked, as JSON has it."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
 
 
 def save(path: Path | None, result: dict[str, Any], quiet: bool = False) -> None:

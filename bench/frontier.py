@@ -35,7 +35,7 @@ from byline.evaluate.lds import noise_ceiling
 from byline.ledger import Cost, Ledger, human_bytes, human_flops
 from byline.methods import residuals
 from byline.methods.mean import RunningMean
-from byline.recommend import SHORTER
+from byline.recommend import epochs_of
 from byline.report.plots import pareto_front
 from byline.settings.base import Setting
 from byline.settings.bench import plain
@@ -73,7 +73,7 @@ class Strategy:
     Attributes:
         name: In tables.
         runs: Training runs; of a crossfit a multiple of ``parts``.
-        length: Of each run: "full" as the setting says, "short" or "brief" (see `length`).
+        length: Of each run: "full" as the setting says, "short" or "brief" (see `byline.recommend.epochs_of`).
         checkpoints: Along each run, evenly spaced; 0 for the last weights alone.
         parts: Folds of a crossfit; 0 for none.
         cycles: Of a snapshot ensemble; 0 for none.
@@ -383,6 +383,16 @@ def named(*names: str) -> list[Strategy]:
     return [known[name] for name in names]
 
 
+def wanted(only: Sequence[str], default: Sequence[str], setting: Any) -> list[Strategy]:
+    """The strategies of these names; one without models in this setting ends the script, unless nobody named it."""
+    strategies = named(*only)
+    if only is default:
+        return [strategy for strategy in strategies if not refusal(strategy, setting)]
+    if refused := [f"{strategy.name}: {said}" for strategy in strategies if (said := refusal(strategy, setting))]:
+        raise SystemExit("; ".join(refused))
+    return strategies
+
+
 def refusal(strategy: Strategy, setting: Any) -> str:
     """Why a setting has no models for a strategy, or nothing."""
     try:
@@ -390,12 +400,6 @@ def refusal(strategy: Strategy, setting: Any) -> str:
     except ValueError as error:
         return str(error)
     return ""
-
-
-def length(name: str, epochs: int) -> int:
-    """The epochs of a run: "full"; "short", a third but five where there are as many; "brief", a fifth but three."""
-    part, least = SHORTER.get(name, (1, 1))
-    return max(epochs // part, min(least, epochs))
 
 
 class Studied(byline.TRAK):
@@ -464,7 +468,7 @@ class Trainers:
     def runs(self, strategy: Strategy) -> list[Run]:
         """As many as the strategy has: prefixes of one sequence for each way to train."""
         recipe = self.setting.recipe
-        recipe = replace(recipe, epochs=length(strategy.length, recipe.epochs))
+        recipe = replace(recipe, epochs=epochs_of(strategy.length, recipe.epochs))
         if strategy.checkpoints > recipe.epochs:
             raise ValueError(f"a run of {recipe.epochs} epochs has no {strategy.checkpoints} checkpoints")
         kind, options, block = "trajectory", {}, self.block

@@ -26,8 +26,8 @@ from safetensors.numpy import load_file, save_file
 import byline
 from byline.evaluate.measure import mean_interval
 from byline.settings.workshop import Workshop
-from common import environment, save, table
-from frontier import Strategy, arguments, folder_of, named, others, refusal, setting_of, trainers_of
+from common import asked, environment, save, table
+from frontier import Strategy, arguments, folder_of, named, others, setting_of, trainers_of, wanted
 
 ASKED = (
     "independent 1",
@@ -116,11 +116,7 @@ def main() -> None:
     options.sizes = sorted(set(options.sizes))
     setting = setting_of(options.setting)
     out = folder_of(options)
-    strategies, _ = named(*options.only), named(options.reference)
-    if options.only is ASKED:
-        strategies = [strategy for strategy in strategies if not refusal(strategy, setting)]
-    if refused := [f"{strategy.name}: {said}" for strategy in strategies if (said := refusal(strategy, setting))]:
-        raise SystemExit("; ".join(refused))
+    strategies, _ = wanted(options.only, ASKED, setting), named(options.reference)
     if options.leave_one_out in (1, 2):
         raise SystemExit(f"--leave-one-out is {options.leave_one_out}; a correlation needs at least 3, 0 is for none")
     folder, rows = out / "removal", []
@@ -135,9 +131,8 @@ def main() -> None:
     figures = judge(rows, bank, options)
     print("\n" + show(figures, bank, options))
     if options.json:
-        asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
         each = [{k: v.tolist() for k, v in row.items() if k in ("moved", "control")} for row in rows]
-        save(options.json, {"options": asked, "rows": figures, "each": each, "environment": environment()})
+        save(options.json, {"options": asked(options), "rows": figures, "each": each, "environment": environment()})
 
 
 def judge(rows: list[dict[str, Any]], bank: byline.Bank | None, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -149,7 +149,7 @@ def test_published_seeds_and_others_are_one_row():
     ("name", "epochs"), [("full", (30, 10, 4, 2)), ("short", (10, 5, 4, 2)), ("brief", (6, 3, 3, 2))]
 )
 def test_shorter_runs_are_of_at_least_so_many_epochs(name, epochs):
-    assert tuple(frontier.length(name, whole) for whole in (30, 10, 4, 2)) == epochs
+    assert tuple(frontier.epochs_of(name, whole) for whole in (30, 10, 4, 2)) == epochs
 
 
 def test_a_whole_name_asks_for_that_strategy_alone(setting):

@@ -27,6 +27,12 @@ WIDE = 20
 """Strategies of a setting that counts beside others."""
 
 
+def epochs_of(length: str, epochs: int) -> int:
+    """The epochs of a run: "full"; "short", a third but five where there are as many; "brief", a fifth but three."""
+    part, least = SHORTER.get(length, (1, 1))
+    return max(epochs // part, min(least, epochs))
+
+
 @dataclass(frozen=True)
 class Advice:
     """A strategy, and what to expect of it.

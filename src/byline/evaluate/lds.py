@@ -18,11 +18,10 @@ from math import comb
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.stats import rankdata
 
 from byline.evaluate.bank import Bank
-from byline.evaluate.measure import check_bootstrap, percentile
+from byline.evaluate.measure import array_of, check_bootstrap, percentile
 
 Correlation = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -409,14 +408,7 @@ def _bank(bank: Any) -> Bank:
 
 
 def _values(scores: Any, name: str) -> np.ndarray:
-    values = scores if isinstance(scores, torch.Tensor) else getattr(scores, "values", scores)
-    try:
-        if isinstance(values, torch.Tensor):
-            values = values.detach().cpu()
-            values = values.float() if values.dtype == torch.bfloat16 else values
-        array = np.asarray(values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: got a {type(scores).__name__} that is no matrix of numbers ({error})") from None
+    array = array_of(scores, name)
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name}: got a {type(scores).__name__} of {array.dtype}; expected a matrix of real numbers")
     return array

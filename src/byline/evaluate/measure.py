@@ -59,8 +59,7 @@ def matrix_of(scores: Any, name: str = "scores") -> np.ndarray:
     Raises:
         ValueError: No matrix of numbers, an empty one, or a number that is not finite.
     """
-    values = scores if isinstance(scores, torch.Tensor) else getattr(scores, "values", scores)
-    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    array = array_of(scores, name)
     if array.ndim != 2 or not array.size:
         raise ValueError(f"{name} has shape {array.shape}; expected (n_test, n_train), neither of them 0")
     if array.dtype.kind not in "fiu":
@@ -69,6 +68,22 @@ def matrix_of(scores: Any, name: str = "scores") -> np.ndarray:
         z, i = np.argwhere(~np.isfinite(array))[0]
         raise ValueError(f"{name}: test example {z}, training example {i} is {array[z, i]}; expected finite numbers")
     return array
+
+
+def array_of(scores: Any, name: str) -> np.ndarray:
+    """`byline.Scores`, a tensor or an array as an array.
+
+    Raises:
+        ValueError: Rows of different lengths.
+    """
+    values = scores if isinstance(scores, torch.Tensor) else getattr(scores, "values", scores)
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name}: got a {type(scores).__name__} that is no matrix of numbers ({error})") from None
 
 
 def labels_of(labels: Any, length: int, name: str) -> np.ndarray:

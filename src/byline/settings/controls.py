@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,16 @@ import torch
 from byline.ensembles import Independent
 from byline.features import Exact, Preconditioned
 from byline.methods import TRAK
-from byline.recommend import SHORTER
+from byline.recommend import epochs_of
 from byline.settings.base import Setting
 from byline.training.ensembles import train_ensemble
 
-NEAR = "near", "nearer", "kernel ridge"
+NEAR = {
+    "near": "Distance of inputs",
+    "nearer": "Distance of inputs, half the width",
+    "kernel ridge": "Kernel ridge regression on inputs",
+}
+"""Titles of what `nearness` finds."""
 SEEDS = 10**6
 """Seeds of untrained models begin here: none of them grew into a model that votes."""
 
@@ -59,9 +64,7 @@ def simplest(setting: Setting, seed: int = 0, test_set: Any = None) -> np.ndarra
     if setting.simplest is None:
         raise ValueError(f"{setting.name} has no simpler model")
     task = setting.task().with_model(setting.simplest().eval())
-    part, least = SHORTER["short"]
-    epochs = setting.recipe.epochs
-    recipe = replace(setting.recipe, epochs=max(epochs // part, min(least, epochs)))
+    recipe = replace(setting.recipe, epochs=epochs_of("short", setting.recipe.epochs))
     ensemble = train_ensemble(
         task, setting.train_set, recipe, models=1, build=setting.simplest, seed=seed, progress=False
     )
@@ -110,15 +113,9 @@ def every(setting: Setting, test_set: Any = None) -> dict[str, Callable[[], np.n
     if setting.simplest is not None:
         found["TRAK on the simplest model"] = lambda: simplest(setting, test_set=test_set)
     if setting.output == "classification":
-        titles = {"near": "Distance of inputs", "nearer": "Distance of inputs, half the width"}
-        for name in NEAR:
-            title = titles.get(name, "Kernel ridge regression on inputs")
-            found[title] = partial(_near, setting, name, count)
+        near = cache(partial(nearness, setting))  # all of them from the same distances
+        found |= {title: partial(lambda name: near()[name][:count], name) for name, title in NEAR.items()}
     return found
-
-
-def _near(setting: Setting, name: str, count: int) -> np.ndarray:
-    return nearness(setting)[name][:count]
 
 
 def _arrays(data: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -249,7 +249,7 @@ def _judges(names: Sequence[str] | None, setting: Setting) -> dict[str, Judge]:
             f"measures: {', '.join(odd)} needs one label per example, and {setting.name} has none; it can be judged by "
             f"{', '.join(can)}"
         )
-    chosen = names if names is not None else [name for name in can if not (JUDGES[name].retrains or JUDGES[name].asked)]
+    chosen = names if names is not None else [name for name in can if not JUDGES[name].asked]
     return {name: JUDGES[name]() for name in chosen}
 
 

@@ -42,10 +42,8 @@ class Judge(ABC):
     title: ClassVar[str]
     says: ClassVar[str]
     """What is measured, in a sentence."""
-    retrains: ClassVar[bool] = False
-    """Whether each cell needs models of its own, so that it is not measured unless asked for."""
     asked: ClassVar[bool] = False
-    """Whether it is not measured unless asked for: it is about other measures' figures."""
+    """Whether it is measured only when named: each cell needs models of its own, or it is about another measure."""
     banks: ClassVar[bool] = False
     """Whether it needs the setting's bank."""
     labels: ClassVar[bool] = False
@@ -234,7 +232,7 @@ class LOOJudge(Judge):
     says = (
         f"Rank correlation of the scores of {removed} training examples with what retraining without each of them did."
     )
-    retrains = True
+    asked = True
 
     def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any]:
         """Against a bank of its own, shared by all cells."""
@@ -260,7 +258,7 @@ class _Removing(Judge):
     """Retraining without what the scores say is strongest."""
 
     share = 0.02
-    retrains = True
+    asked = True
     curve: ClassVar[Callable[..., Any]]
 
     def __call__(self, cell: Cell, flipped: Cell | None, scores: Scores, bank: Bank | None) -> dict[str, Any]:
