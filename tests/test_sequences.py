@@ -14,7 +14,8 @@ from torch.utils.data import default_collate
 import byline
 import byline.engines.workbench
 import reference as ref
-from byline.features.capture import attributed, calibrate
+from byline.features.calibrate import calibrate
+from byline.features.capture import attributed
 from conftest import build
 from test_features import Largest
 
@@ -66,15 +67,15 @@ def test_every_parameter_of_a_decoder_goes_through_the_rules(name):
     probe = default_collate([made.train[i] for i in (0, 4, 8)])
     found = calibrate(made.task, made.model, params, probe, "output")
     assert not found.fallback
-    assert not found.unproven
+    assert not found.forms
     bench = byline.engines.workbench.Workbench(made.task, made.train)
     with bench.active(byline.Independent([made.model]).members()[0], "gradient") as active:
-        _, _, _, late = active.capture("output")._ruled(probe, "output")
+        _, _, _, late, _ = active.capture("output").ruled(probe, "output")
     assert not late
 
 
 @pytest.mark.parametrize("name", ["own-rms-norm-squared", "gated", "prelu", "instance-norm"])
-def test_what_only_looks_like_a_norm_is_left_to_autograd(name):
+def test_what_only_looks_like_a_norm_does_not_go_by_the_rule_of_norms(name):
     made = build(name)
     params = attributed(made.task, made.model, lambda _: True)
     found = calibrate(made.task, made.model, params, default_collate([made.train[i] for i in (0, 4, 8)]), "output")
@@ -84,7 +85,8 @@ def test_what_only_looks_like_a_norm_is_left_to_autograd(name):
         "prelu": "1.weight",
         "instance-norm": "0.weight",
     }
-    assert any(name_.endswith(odd[name]) for name_ in found.fallback)
+    otherwise = {*found.fallback, *found.forms, *(f"{key}.weight" for key in found.rules)}
+    assert any(name_.endswith(odd[name]) for name_ in otherwise)
     assert len(found.fallback) < len(params)
 
 

@@ -58,6 +58,14 @@ def size(batch: Batch) -> int:
     raise ValueError("a batch holds no tensor with a batch dimension, so its size cannot be told")
 
 
+def transformed() -> bool:
+    """Whether vmap or another of torch's transforms runs, under which numbers cannot be looked at.
+
+    The batch was looked at before: every transform comes after a plain forward pass over it.
+    """
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 def to(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device."""
     return map_tensors(batch, lambda t: t.to(device, non_blocking=True))

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from byline import batches
+
 IGNORED = -100
 """The label of a token that is no target."""
 
@@ -66,7 +68,7 @@ def problem(model: nn.Module, ids: Any, mask: Any) -> tuple[int, str] | None:
         ids: (B, T) tokens.
         mask: (B, T), 0 on padding; None where nothing is padded.
     """
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or _is_mapped(ids):
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or batches.transformed():
         return None
     kept = mask if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids)
     lengths = (kept != 0).sum(1)
@@ -115,11 +117,6 @@ def _takes_positions(model: nn.Module) -> bool:
 @cache
 def _names_positions(kind: Any) -> bool:
     return "position_ids" in inspect.signature(kind.forward).parameters
-
-
-def _is_mapped(value: Tensor) -> bool:
-    """Whether vmap runs, which cannot look at numbers."""
-    return bool(torch._C._functorch.is_batchedtensor(value))
 
 
 def inputs(args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, Any]:

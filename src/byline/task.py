@@ -187,6 +187,11 @@ class Task:
         return self._loss is None and not isinstance(self._output, _Called)
 
     @property
+    def is_named(self) -> bool:
+        """Whether both output and loss are byline's own code, which keeps examples apart."""
+        return self._loss is None and not isinstance(self._output, _Called)
+
+    @property
     def own_residual(self) -> bool:
         """Whether the residual is the caller's callable."""
         return self._residual is not None
@@ -353,7 +358,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _check_labels(labels: Tensor, classes: int, ignored: Tensor | None = None) -> None:
-    if torch._C._functorch.is_batchedtensor(labels):
+    if batches.transformed():
         return
     bad = (labels < 0) | (labels >= classes)
     if ignored is not None:
@@ -445,7 +450,7 @@ class _LanguageModeling(_Output):
         ignored = labels == -100
         _check_labels(labels, logits.shape[-1], ignored)
         count = (~ignored).sum(1)
-        if not torch._C._functorch.is_batchedtensor(count) and (count == 0).any():
+        if not batches.transformed() and (count == 0).any():
             position = int((count == 0).nonzero()[0, 0])
             raise ExampleError(position, "has no target token (all are padding or -100); expected at least one")
         return logits, labels.masked_fill(ignored, 0), (~ignored).to(logits.dtype) / count.unsqueeze(1)

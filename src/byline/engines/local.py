@@ -26,7 +26,7 @@ from byline.ensembles.base import Member
 from byline.ensembles.dropout import MaskChange
 from byline.features.base import Features, Rows, State
 from byline.features.blocks import Block, Flat, Lookup, Outer
-from byline.features.capture import Capture
+from byline.features.capture import Capture, refuse_company
 from byline.features.layers import is_finite
 from byline.ledger import Ledger, count_flops
 from byline.progress import Advance, bar
@@ -37,6 +37,7 @@ from byline.task import Task
 # side by side, masks share the overhead of each operation; beyond this many rows there is none left to share
 _TILED_ROWS = 1024
 _PIECES = 16  # per process
+_WATCHED = 32  # from so many examples on, every chunk is watched
 _LOGITS = 2**25  # numbers of a prediction at once: a language model's are tokens × vocabulary per example
 
 
@@ -440,6 +441,8 @@ def _write(job: Job, unit: Unit, active: Active, store: Store, bench: Workbench,
             if job.ledger is not None and not flops:
                 rows = sum(high - low for low, high in (_range(job, unit, i) for i in chunks))
                 flops = _row_flops(job, capture, batch, states[0]) * rows / size
+            if start == 0:
+                _watch(job, active, index, low, high, value.view(copies, size), job.of)
             values[:, start:stop] = value.view(copies, size)
             residuals[:, start:stop] = residual.view(copies, size)
             for copy, state in enumerate(states):
@@ -452,6 +455,37 @@ def _write(job: Job, unit: Unit, active: Active, store: Store, bench: Workbench,
                 store.write(key, index, _joined(parts[copy]), values[copy], residuals[copy])
         advance(copies, doing)
     return flops
+
+
+def _watch(job: Job, active: Active, index: int, low: int, high: int, values: Tensor, of: str) -> None:
+    """Hold one example of a chunk's first batch, collated alone, to what the batch says of it.
+
+    Args:
+        job: what is computed.
+        active: the member.
+        index: of the chunk; of small ones only some are looked at.
+        low: where the chunk begins.
+        high: where it ends.
+        values: (copies, B) what the batch says.
+        of: "output", "loss" or "residual".
+
+    Raises:
+        ValueError: names the example.
+    """
+    copies, size = values.shape
+    if size < 2 or (high - low < _WATCHED and index & (index - 1)):
+        return
+    place = (index * 7919 + 13) % size
+    batch = job.batch(low + place, low + place + 1, active.device)
+    scale = float(values.abs().mean())
+    with naming(job.name, [low + place]), torch.enable_grad():
+        batch = batches.tile(batch, copies) if copies > 1 else batch
+        task = job.task
+        alone = (
+            task.residual(active.model, batch) if of == "residual" else task.differentiate(active.model, batch, of)[0]
+        )
+        for copy in range(copies):
+            refuse_company(values[copy, place : place + 1], alone.detach()[copy : copy + 1].cpu(), scale)
 
 
 def _batches(job: Job, low: int, high: int, bench: Workbench, copies: int = 1) -> Iterator[tuple[int, int, Any]]:
@@ -522,6 +556,8 @@ def _write_residuals(job: Job, unit: Unit, store: Store, bench: Workbench, advan
             for start, stop, batch in _batches(job, low, high, bench):
                 with naming(job.name, range(low + start, low + stop)):
                     residuals[start:stop] = job.task.residual(active.model, batch)
+                if start == 0:
+                    _watch(job, active, index, low, high, residuals[None, start:stop], "residual")
                 if job.ledger is not None and not flops:
                     rows = sum(high - low for low, high in (_range(job, unit, i) for i in chunks))
                     flops = count_flops(partial(job.task.residual, active.model, batch)) * rows / (stop - start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,10 +14,13 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from byline import batches
+from byline.engines.company import Company, naming
 from byline.ensembles.base import Change, Member
-from byline.ensembles.dropout import MaskChange, Sites, locate, located, refuse_without_sites
-from byline.features.capture import Capture, Verdict, attributed, calibrate
-from byline.task import ExampleError, Task
+from byline.ensembles.dropout import MaskChange, Sites, locate, located, only, refuse_without_sites
+from byline.features.calibrate import calibrate
+from byline.features.capture import Capture, attributed
+from byline.features.verdict import Verdict
+from byline.task import Task
 
 Collate = Callable[[list[Any]], Any]
 
@@ -26,6 +30,7 @@ class Active:
     """A member ready to be run."""
 
     model: nn.Module
+    device: torch.device
     sites: Sites | None
     _captured: Callable[[str], Capture]
 
@@ -40,11 +45,15 @@ class Active:
 
 
 class Workbench:
-    """Puts members on one copy of the task's model, and remembers what was learnt of its structure.
+    """Puts members on copies of the task's model, and remembers what was learnt of its structure.
+
+    A copy is taken away while a member is on it and comes back only after a clean end: whatever happens in between, a
+    signal too, the next member finds the task's model as it is.
 
     Args:
         task: whose model is copied; the original is never changed.
-        dataset: three of whose examples serve to locate dropout and to hold the rules against autograd.
+        dataset: a few of whose examples serve to locate dropout, to hold the rules against autograd, and to see
+            whether an example's output depends on its company.
         collate: makes a batch of items.
         device: where to work; the model's own device by default.
     """
@@ -53,15 +62,41 @@ class Workbench:
         self.task = task
         own = next((p.device for p in task.model.parameters()), torch.device("cpu"))
         self.device = own if device is None else torch.device(device)
-        self.model = copy.deepcopy(task.model).to(self.device).eval()
         # spread over the dataset, which may be sorted; never fewer than three, or a dimension of one could be anything
         last = len(dataset) - 1
         self.places = [0, last // 2, last]
         self.examples = len(self.places)
-        self.probe = batches.to(batches.gather(dataset, self.places, collate), self.device)
-        self._loaded: str | None = None
+        self.probe = self._batch(dataset, self.places, collate)
+        self.company = Company(dataset, lambda indices: self._batch(dataset, indices, collate))
+        self._free: list[_Copy] = []
         self._sites: dict[tuple[str, ...], Sites] = {}
         self._verdicts: dict[tuple[Any, ...], Verdict] = {}
+        self._checked: set[tuple[Any, ...]] = set()
+
+    def _batch(self, dataset: Any, indices: list[int], collate: Collate) -> Any:
+        return batches.to(batches.gather(dataset, indices, collate), self.device)
+
+    @property
+    def model(self) -> nn.Module:
+        """A copy of the task's model, to look at."""
+        with self._copy() as copied:
+            return copied.model
+
+    @contextmanager
+    def _copy(self) -> Iterator[_Copy]:
+        try:
+            copied = self._free.pop()
+        except IndexError:
+            copied = _Copy(copy.deepcopy(self.task.model).to(self.device).eval())
+        try:
+            with eager(copied.model):
+                yield copied
+        except GeneratorExit:
+            # whoever asked has seen enough, and everything was undone on the way here
+            self._free.append(copied)
+            raise
+        else:
+            self._free.append(copied)
 
     @contextmanager
     def active(self, member: Member, chain: str, beside: Sequence[Member] = ()) -> Iterator[Active]:
@@ -71,25 +106,35 @@ class Workbench:
             member: who.
             chain: which changes.
             beside: members that differ from it in the mask alone, to run on further copies of the batch.
+
+        Raises:
+            ValueError: what its model says of an example depends on the others in the batch.
         """
-        if self._loaded != member.weights.digest():
-            member.weights.into(self.model, self.task.model)
-            self._loaded = member.weights.digest()
+        with self._copy() as copied:
+            if copied.loaded != member.weights.digest():
+                copied.loaded = None
+                member.weights.into(copied.model, self.task.model)
+                copied.loaded = member.weights.digest()
+            yield from self._under(copied.model, member, chain, beside)
+
+    def _under(self, model: nn.Module, member: Member, chain: str, beside: Sequence[Member]) -> Iterator[Active]:
         changes = list(member.chain(chain))
         masks = [change for change in changes if isinstance(change, MaskChange)]
         if beside:
             others = [other.chain(chain)[-1] for other in beside]
             assert all(isinstance(change, MaskChange) for change in [changes[-1], *others])
             changes[-1] = changes[-1].beside(others)  # type: ignore[attr-defined]
-        sites = self._located(changes) if masks else None
+        sites = self._located(model, changes) if masks else None
         if sites is not None:
             refuse_without_sites(sites, masks)
         kinds = tuple(change.structure() for change in changes)
         with ExitStack() as stack:
             stack.enter_context(located(sites))
-            model = self.model
             for change in changes:
                 model = stack.enter_context(change.apply(model))
+            if chain == "residual" and (kinds, chain) not in self._checked:
+                self.company.check(lambda batch: self.task.residual(model, batch))
+                self._checked.add((kinds, chain))
 
             def captured(of: str) -> Capture:
                 params = attributed(
@@ -100,16 +145,17 @@ class Workbench:
                 key = (kinds, of, tuple(params))
                 if key not in self._verdicts:
                     with naming("train_set", self.places):
-                        self._verdicts[key] = calibrate(self.task, model, params, self.probe, of)
-                return Capture(self.task, model, params, self._verdicts[key])
+                        found = calibrate(self.task, model, params, self.probe, of)
+                    self.company.check(lambda batch: self.task.differentiate(model, batch, of))
+                    self._verdicts[key] = found
+                return Capture(self.task, model, params, self._verdicts[key], 1 + len(beside), only)
 
-            yield Active(model, sites, captured)
+            yield Active(model, self.device, sites, captured)
 
-    def _located(self, changes: Sequence[Change]) -> Sites:
+    def _located(self, model: nn.Module, changes: Sequence[Change]) -> Sites:
         kinds = tuple(change.structure() for change in changes if not isinstance(change, MaskChange))
         if kinds not in self._sites:
             with ExitStack() as stack, naming("train_set", self.places):
-                model = self.model
                 for change in changes:
                     if not isinstance(change, MaskChange):
                         model = stack.enter_context(change.apply(model))
@@ -121,10 +167,19 @@ class Workbench:
         return self._sites[kinds]
 
 
+@dataclass
+class _Copy:
+    """A copy of the model, and whose weights it holds."""
+
+    model: nn.Module
+    loaded: str | None = None
+
+
 @contextmanager
-def naming(dataset_name: str, indices: Sequence[int]) -> Iterator[None]:
-    """Say which example of the dataset a problem in a batch belongs to."""
-    try:
+def eager(model: nn.Module) -> Iterator[None]:
+    """Run whatever of a model is compiled as it was written: compiled code calls no hooks."""
+    if "torch._dynamo" not in sys.modules:
         yield
-    except ExampleError as error:
-        raise ValueError(f"{dataset_name}[{indices[error.position % len(indices)]}]: {error.problem}") from None
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -8,7 +8,7 @@ for every batch size, sequence length and device.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from byline.ensembles.base import Change, Ensemble, Member, as_ensemble, check_count, check_seed
+from byline.swaps import swapped
 from byline.task import before_forward
 
 # which dimensions (counted after the batch) share one decision: none, or all but the channel
@@ -44,6 +45,8 @@ _FUNCTIONS: dict[Any, str] = {
     F.feature_alpha_dropout: "alpha-channel",
     torch.feature_alpha_dropout: "alpha-channel",
 }
+_NEVER = (nn.modules.batchnorm._NormBase, nn.RNNBase)
+"""What is never put in train mode: statistics must not move, and dropout between layers runs in a fused kernel."""
 _attention = F.scaled_dot_product_attention  # the original, while F's is swapped
 _ALPHA = -1.7580993408473766  # SELU's negative saturation, to which AlphaDropout sends dropped units
 
@@ -57,9 +60,12 @@ class Sites:
     batch_dims: list[tuple[int, int] | None] = field(default_factory=list)
     """Per site: the dimension that holds the examples and how many rows each has there; None without one."""
     functional: bool = False
+    training: frozenset[str] | None = None
+    """Names of the modules that must be in train mode for their functional dropout to run; None for all."""
 
 
 _SITES: ContextVar[Sites | None] = ContextVar("byline_dropout_sites", default=None)
+_ONLY: ContextVar[int | None] = ContextVar("byline_dropout_only", default=None)
 
 
 @contextmanager
@@ -72,29 +78,50 @@ def located(sites: Sites | None) -> Iterator[None]:
         _SITES.reset(token)
 
 
+@contextmanager
+def only(copy: int) -> Iterator[None]:
+    """Of several masks side by side, apply this one alone, to a batch that is not repeated."""
+    token = _ONLY.set(copy)
+    try:
+        yield
+    finally:
+        _ONLY.reset(token)
+
+
 def locate(model: nn.Module, forward: Callable[[int], Any], examples: int) -> Sites:
     """Find the dropout sites of a model by running it on ``examples`` and on one fewer.
 
+    Functional dropout runs in train mode alone. Only those modules are put there which have some, and only if nothing
+    else about the model changes: held against eval mode, with every dropout left out.
+
     Args:
         model: the model.
-        forward: runs the model on this many examples.
+        forward: runs the model on this many examples, and gives tensors.
         examples: how many there are to run on (3 is enough, 1 leaves the batch dimension to be assumed first).
+
+    Raises:
+        ValueError: another number of sites for another number of examples, randomness outside of dropout, or a module
+            that has functional dropout and does something else in train mode as well.
     """
-    before = torch.get_rng_state()
-    with torch.no_grad(), _Session(model, _Recorder(None), functional=True) as first:
-        forward(examples)
-    if not torch.equal(before, torch.get_rng_state()):
-        raise ValueError(
-            "with dropout on, the model draws random numbers outside its dropout layers (stochastic depth, noise?); a "
-            "fixed mask cannot hold those still: use byline.WeightNoise"
-        )
-    sites = first.handler.sites
+    sites = _recorded(model, forward, examples, None)
+    plain = _recorded(model, forward, examples, frozenset())
+    same = _unchanged(model, forward, examples, None)
+    if not same or len(sites.shapes) == len(plain.shapes):
+        # whatever else modules do in train mode, those without functional dropout need not be there
+        sites.training = _needed(model, forward, examples, len(plain.shapes), len(sites.shapes))
+        again = _recorded(model, forward, examples, sites.training)
+        again.training = sites.training
+        sites = again
+        if not same and not _unchanged(model, forward, examples, sites.training):
+            raise ValueError(
+                f"{_shown(sites.training or ())} drops functionally and does something else in train mode too (its own "
+                "statistics, a temperature, noise?), so that a mask would change more than dropout; use nn.Dropout "
+                "modules, or byline.WeightNoise"
+            )
     if examples == 1:
         sites.batch_dims = [(0, shape[0]) if shape else None for shape in sites.shapes]
         return sites
-    with torch.no_grad(), _Session(model, _Recorder(None), functional=True) as second:
-        forward(examples - 1)
-    fewer = second.handler.sites.shapes
+    fewer = _recorded(model, forward, examples - 1, sites.training).shapes
     if len(fewer) != len(sites.shapes):
         raise ValueError(
             f"the model reaches {len(sites.shapes)} dropout layers with {examples} examples and {len(fewer)} with "
@@ -102,6 +129,67 @@ def locate(model: nn.Module, forward: Callable[[int], Any], examples: int) -> Si
         )
     sites.batch_dims = [_batch_dim(a, b, examples) for a, b in zip(sites.shapes, fewer, strict=True)]
     return sites
+
+
+def _recorded(model: nn.Module, forward: Callable[[int], Any], examples: int, training: frozenset[str] | None) -> Sites:
+    before = torch.get_rng_state()
+    try:
+        with _kept(model), torch.no_grad(), _Session(model, _Recorder(None), True, training) as session:
+            forward(examples)
+        drawn = not torch.equal(before, torch.get_rng_state())
+    finally:
+        torch.set_rng_state(before)
+    if drawn:
+        raise ValueError(
+            "with dropout on, the model draws random numbers outside its dropout layers (stochastic depth, noise?); a "
+            "fixed mask cannot hold those still: use byline.WeightNoise"
+        )
+    return session.handler.sites
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """Put buffers back that a forward pass in train mode moves."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _unchanged(model: nn.Module, forward: Callable[[int], Any], examples: int, training: frozenset[str] | None) -> bool:
+    """Whether the model says in train mode, with no unit dropped, what it says in eval mode, and keeps its buffers."""
+    with torch.enable_grad():
+        plain = _flat(forward(examples))
+    before = [buffer.clone() for buffer in model.buffers()]
+    with _kept(model), _Session(model, _Recorder(None), True, training):
+        with torch.enable_grad():
+            found = _flat(forward(examples))
+        moved = any(not torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+    loose = 1e-5 if plain.dtype in (torch.float32, torch.float64) else 5e-2
+    size = float(plain.abs().max()) if plain.numel() else 0.0
+    return not moved and torch.allclose(found, plain, rtol=loose, atol=loose * size, equal_nan=True)
+
+
+def _flat(found: Any) -> Tensor:
+    parts = found if isinstance(found, tuple | list) else [found]
+    return torch.cat([part.detach().flatten() for part in parts if isinstance(part, Tensor)] or [torch.zeros(0)])
+
+
+def _needed(model: nn.Module, forward: Callable[[int], Any], examples: int, plain: int, wanted: int) -> frozenset[str]:
+    """The modules without which fewer dropout sites are reached in train mode."""
+    if plain == wanted:
+        return frozenset()
+    names = [name for name, module in model.named_modules() if not isinstance(module, _NEVER)]
+    return frozenset(n for n in names if len(_recorded(model, forward, examples, frozenset({n})).shapes) > plain)
+
+
+def _shown(names: Collection[str]) -> str:
+    found = sorted(names)
+    return (found[0] or "the model") + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
 
 
 def _batch_dim(shape: tuple[int, ...], fewer: tuple[int, ...], examples: int) -> tuple[int, int] | None:
@@ -173,15 +261,17 @@ class _Masker(_Handler):
                     "examples needs the same layers for every batch"
                 )
             place = sites.batch_dims[site]
-        copies = len(self.keys)
+        chosen = _ONLY.get()
+        copies = len(self.keys) if chosen is None else 1
         if place is None:
             if copies > 1:
                 raise RuntimeError("a dropout layer without a batch dimension cannot hold several masks at once")
             own = tuple(x.shape)
-            return self._drop(x, self._stack(own, rate, kind, site, x)[0], rate, kind)
+            return self._drop(x, self._stack(own, rate, kind, site, x)[chosen or 0], rate, kind)
         dim, rows = place
         own = (*x.shape[:dim], rows, *x.shape[dim + 1 :])
-        masks = self._stack(own, rate, kind, site, x).movedim(0, dim)  # (.., copies, rows, ..)
+        masks = self._stack(own, rate, kind, site, x)
+        masks = (masks if chosen is None else masks[chosen : chosen + 1]).movedim(0, dim)  # (.., copies, rows, ..)
         split = x.unflatten(dim, (copies, -1, rows))
         return self._drop(split, masks.unsqueeze(dim + 1), rate, kind).flatten(dim, dim + 2)
 
@@ -221,8 +311,8 @@ class _FunctionalDropout(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             # its own body calls dropout and attention by their global names, out of this mode's sight
             with (
-                _swapped(F, "dropout", self._named("unit")),
-                _swapped(F, "scaled_dot_product_attention", self.attention),
+                swapped(F, "dropout", self._named("unit")),
+                swapped(F, "scaled_dot_product_attention", self.attention),
             ):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
@@ -275,21 +365,11 @@ class _FunctionalDropout(TorchFunctionMode):
         return self.session.reach(weights.softmax(-1), dropout_p, "unit", is_module=False) @ value
 
 
-@contextmanager
-def _swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
 class _Session:
     """Dropout of one model under one handler, for as long as the context lasts."""
 
-    def __init__(self, model: nn.Module, handler: Any, functional: bool):
-        self.model, self.handler, self.functional = model, handler, functional
+    def __init__(self, model: nn.Module, handler: Any, functional: bool, training: frozenset[str] | None = None):
+        self.model, self.handler, self.functional, self.training = model, handler, functional, training
         self.reached = 0
         self._stack = ExitStack()
 
@@ -304,7 +384,7 @@ class _Session:
     def __enter__(self) -> _Session:
         modes = [(module, module.training) for module in self.model.modules()]
         self._stack.callback(_restore_modes, modes)
-        for module in self.model.modules():
+        for name, module in self.model.named_modules():
             kind = next(
                 (k for t, k in _MODULES.items() if type(module).forward is t.forward and isinstance(module, t)),
                 None,
@@ -313,8 +393,8 @@ class _Session:
                 # an instance attribute hides the class's forward until it is deleted again
                 module.forward = _bound(self, module, kind)
                 self._stack.callback(module.__dict__.pop, "forward", None)
-            # models ask self.training before they drop functionally; statistics must not move
-            if not isinstance(module, nn.modules.batchnorm._NormBase | nn.RNNBase):
+            # models ask self.training before they drop functionally
+            if name in self.training if self.training is not None else not isinstance(module, _NEVER):
                 module.training = True
         token = before_forward.set(self._restart)
         self._stack.callback(before_forward.reset, token)
@@ -356,7 +436,8 @@ class MaskChange(Change):
         """Mask every dropout site of the model."""
         sites = _SITES.get()
         keys = [f"{self.seed}/{self.model_index}/{number}" for number in self.numbers]
-        with _Session(model, _Masker(keys, self.p), sites is None or sites.functional):
+        training = None if sites is None else sites.training
+        with _Session(model, _Masker(keys, self.p), sites is None or sites.functional, training):
             yield model
 
     def beside(self, others: list[MaskChange]) -> MaskChange:
@@ -418,6 +499,11 @@ class Dropout(Ensemble):
         """Refuse dropout that runs inside a fused kernel."""
         self.base.validate(model)
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise ValueError(
+                    f"ensemble is a Dropout ensemble and {name or 'the model'} is scripted or traced, so that its "
+                    "dropout cannot be reached; expected the module it was made from, or byline.WeightNoise"
+                )
             if isinstance(module, nn.RNNBase) and module.dropout > 0 and module.num_layers > 1:
                 raise ValueError(
                     f"the dropout between the layers of {name or 'the model'} ({type(module).__name__}) runs inside a "

@@ -1,62 +1,46 @@
 """Per-example gradients from one batched forward and backward pass.
 
-Hooks keep each ruled layer's input and the gradient of its output; the backward pass stops there, so that no weight
-gradient is ever summed over the batch. Which parameters the rules really cover is measured, not assumed: on a few
-examples their gradients are held against autograd's, and what does not agree (a weight used functionally, a layer
-whose batch is not its first dimension, a layer without a rule) goes to per-example autograd.
+Hooks keep each ruled call's input and the gradient of its output; the backward pass stops there, so that no weight
+gradient is ever summed over the batch. Nothing is assumed of the model: `calibrate.calibrate` finds out on a few
+examples which rule covers which parameter and where the examples are in each layer, and every batch is held to it.
+
+- A second backward pass, of the values weighted by known random numbers, shows that each row belongs to one example
+  alone (`layouts`). It takes gradients of activations only: a third of a forward and backward pass at most. Where the
+  operations and shapes of a batch alone decide what belongs to whom (`graphs`), and have been seen before, it is left
+  out but for every sixteenth batch; where indices, sorting or routing decide, every batch has it.
+- Every use of a parameter in autograd's graph is accounted for by a watched call (`tracing`).
+- Where a rule is no theorem of the layer's own code (subclasses, norms of one's own, embeddings that renormalise), its
+  rows must add up to the batch's gradient.
+
+What does not hold in a batch goes to per-example autograd there, and so does what no rule covers, always; its rows
+must add up to the batch's gradient as well.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
-from torch.func import functional_call, grad, vmap
 
 from byline import batches
 from byline.batches import Batch
+from byline.features import graphs
+from byline.features.autograd import HALF, PerExample, wide
 from byline.features.blocks import Block, Flat, merge
-from byline.features.layers import SPATIAL, block_of, groups_of, rule_for
-from byline.task import Task
+from byline.features.layers import SPATIAL, block_of, groups_of
+from byline.features.layouts import Layout, Weights, folded
+from byline.features.totals import Totals
+from byline.features.tracing import Call, Site, repeated, traced
+from byline.features.verdict import Sites, Verdict
+from byline.task import ExampleError, Task
 
 log = logging.getLogger("byline")
 
-HALF = (torch.bfloat16, torch.float16)
-
-
-def wide(t: Tensor) -> Tensor:
-    """Half precisions as float32, everything else as it is."""
-    return t.float() if t.dtype in HALF else t
-
-
-class _Differentiated(nn.Module):
-    """The task's value as a module's forward, so that functional_call can exchange parameters anywhere inside."""
-
-    def __init__(self, task: Task, model: nn.Module, of: str):
-        super().__init__()
-        self.model = model
-        self._task = [task]
-        self.of = of
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self._task[0].differentiate(self.model, batch, self.of)[0]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What holding the rules against autograd showed of a model's structure."""
-
-    fallback: frozenset[str] = frozenset()
-    """Parameters that no rule covers: per-example autograd, in every batch."""
-    unproven: frozenset[str] = frozenset()
-    """Parameters whose gradient was 0 on the examples looked at, so that no rule could be checked."""
-    vectorised: bool = True
-    """Whether per-example autograd gives the same under vmap as one example at a time."""
+_AGAIN = 16  # batches after which what was seen is looked at again
 
 
 class Capture:
@@ -66,59 +50,91 @@ class Capture:
         task: what is differentiated.
         model: the member's model, in eval mode.
         params: the attributed parameters by name.
-        verdict: which of them the rules cover (from `calibrate`).
+        verdict: what was found out of its structure (by `calibrate`).
+        copies: how many members run side by side on as many copies of each batch, one copy after the other.
+        only: gives a context in which the model is that of one copy alone.
     """
 
-    def __init__(self, task: Task, model: nn.Module, params: dict[str, nn.Parameter], verdict: Verdict | None = None):
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        params: dict[str, nn.Parameter],
+        verdict: Verdict | None = None,
+        copies: int = 1,
+        only: Callable[[int], AbstractContextManager[Any]] = lambda copy: nullcontext(),
+    ):
         verdict = verdict or Verdict()
-        self.task, self.model, self.params = task, model, params
-        self.vectorised, self.unproven = verdict.vectorised, verdict.unproven
-        names = {id(parameter): name for name, parameter in params.items()}
-        slots: list[tuple[nn.Module, str, str]] = [
-            (module, attribute, names[id(parameter)])
-            for module in model.modules()
-            for attribute, parameter in module._parameters.items()
-            if parameter is not None and id(parameter) in names
-        ]
-        self._uses: dict[str, int] = {}
-        for _, _, name in slots:
-            self._uses[name] = self._uses.get(name, 0) + 1
-        ruled = {name for name in params if all(rule_for(m) for m, _, n in slots if n == name) and name in self._uses}
-        self.fallback = frozenset((set(params) - ruled) | verdict.fallback) - self.unproven
+        self.task, self.model, self.params, self.verdict = task, model, params, verdict
+        self.copies, self.only = copies, only
+        uncovered = Sites(model, params, verdict.rules, verdict.functional).uncovered
+        self.fallback = frozenset((uncovered | verdict.fallback) - set(verdict.forms))
+        """Parameters for per-example autograd in every batch."""
+        without = self.fallback | set(verdict.forms)
+        self._sites = Sites(model, params, verdict.rules, verdict.functional, without)
+        self.sites = self._sites.sites
+        self._watched = self._sites.watched()
+        self._names = {id(parameter): name for name, parameter in params.items() if name not in self.fallback}
+        self._functional = {
+            id(params[name]): name
+            for key, site in self.sites.items()
+            if site.module is None
+            for name in site.slots.values()
+        }
+        self._constants = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+        self._autograd = PerExample(task, model, params, verdict.vectorised)
+        self._batch = 0
         self.refused: set[str] = set()
         """Parameters of calls that a rule turned out not to cover."""
-        self._slots: dict[nn.Module, dict[str, str]] = {}
-        for module, attribute, name in slots:
-            if name not in self.fallback and name not in self.unproven:
-                self._slots.setdefault(module, {})[attribute] = name
 
     @property
     def fast(self) -> bool:
-        """Whether the rules cover every parameter."""
-        return not self.fallback and not self.unproven
+        """Whether one pass gives every parameter's gradients."""
+        return not self.fallback
+
+    @property
+    def vectorised(self) -> bool:
+        """Whether per-example autograd runs under vmap."""
+        return self._autograd.vectorised
 
     def __call__(self, batch: Batch, of: str) -> tuple[Tensor, Tensor, dict[str, Block]]:
         """Differentiate ``of`` ("output" or "loss") for every example.
 
         Returns:
             the value (B,), the residual (B,), and a block per parameter in the order of the parameters.
+
+        Raises:
+            ExampleError: an example's output depends on the others in its batch.
         """
-        value, residual, blocks, late = self._ruled(batch, of)
-        rows = self._autograd(batch, of, self.fallback | late)
+        value, residual, blocks, late, totals = self.ruled(batch, of)
+        rows = self._by_autograd(batch, of, self.fallback | late, value, totals)
         return value, residual, self._complete(blocks, len(value), rows)
 
-    def _ruled(self, batch: Batch, of: str) -> tuple[Tensor, Tensor, dict[str, Block], set[str]]:
-        """Value, residual, a block for each parameter that the rules reached, and names that need autograd here."""
-        value, residual, calls, late = self._calls(batch, of)
+    def ruled(self, batch: Batch, of: str) -> tuple[Tensor, Tensor, dict[str, Block], set[str], Totals]:
+        """What one pass gives.
+
+        Returns:
+            value, residual, a block for each parameter that it reached, the parameters that need autograd in this
+            batch, and the batch's summed gradients of those whose rows must add up to them.
+        """
+        value, residual, calls, leaves, late, totals = self._pass(batch, of)
+        n = len(value)
         found: dict[tuple[str, ...], list[Block]] = {}
-        for module, x, g in calls:
-            if len(x) != len(value) or len(g) != len(value):
-                # rows are not examples (experts get the tokens routed to them): no rule for this batch
-                late |= set(self._slots[module].values())
-            elif not self._collect(found, module, x, g):
-                self.refused |= set(self._slots[module].values())
-                late |= self.refused
-        return value, residual, _merged(found, late), late
+        for call, x, g, per in calls:
+            if not self._collect(found, call.site, x, g, per):
+                self.refused |= set(call.site.slots.values())
+                late |= set(call.site.slots.values())
+        blocks = _merged(found, late)
+        for name, rows in leaves.items():
+            if name not in late:
+                blocks[name] = Flat((name,), wide(rows.reshape(n, -1)))
+        odd = totals.unequal([blocks])
+        if odd:
+            late |= odd
+            blocks = _merged(found, late) | {
+                name: b for name, b in blocks.items() if name in leaves and name not in late
+            }
+        return value, residual, blocks, late, totals
 
     def positions(self, batch: Batch, of: str, length: int) -> tuple[dict[str, Block], dict[str, Block]]:
         """One example's gradient, split into the parts that flow through its positions.
@@ -132,229 +148,228 @@ class Capture:
             blocks of T rows, one per position, and blocks of one row: what has no position, empty where there is none.
             Their rows add up to the example's gradient.
         """
-        value, _, calls, late = self._calls(batch, of)
+        value, _, calls, leaves, late, totals = self._pass(batch, of)
         at: dict[tuple[str, ...], list[Block]] = {}
         rest: dict[tuple[str, ...], list[Block]] = {}
-        for module, x, g in calls:
+        for call, x, g, per in calls:
             # a layer that sees positions as channels or side by side in a picture has another dimension second
-            placed = rule_for(module) not in SPATIAL and x.shape[:2] == g.shape[:2] == (1, length)
-            if len(x) != 1 or len(g) != 1:
-                covered = False
-            elif placed:
-                covered = self._collect(at, module, x[0].unsqueeze(1), g[0].unsqueeze(1))
+            if call.site.rule not in SPATIAL and per == 1 and x.shape[:2] == g.shape[:2] == (1, length):
+                covered = self._collect(at, call.site, x[0].unsqueeze(1), g[0].unsqueeze(1), 1)
+            elif call.site.rule not in SPATIAL and per == length and length > 1:
+                covered = self._collect(at, call.site, x, g, 1)
             else:
-                covered = self._collect(rest, module, x, g)
+                covered = self._collect(rest, call.site, x, g, per)
             if not covered:
-                late |= set(self._slots[module].values())
-        rows = self._autograd(batch, of, self.fallback | late)
+                late |= set(call.site.slots.values())
         parts, others = _merged(at, late), _merged(rest, late)
+        odd = totals.unequal([parts, others])
+        if odd:
+            late |= odd
+            parts, others = _merged(at, late), _merged(rest, late)
+        for name, own in leaves.items():
+            if name not in late:
+                others[name] = Flat((name,), wide(own.reshape(1, -1)))
+        rows = self._by_autograd(batch, of, self.fallback | late, value, totals)
         whole = bool(rows or others)
         return self._complete(parts, length, {}), self._complete(others, len(value), rows) if whole else {}
 
     def _complete(self, blocks: dict[str, Block], examples: int, rows: dict[str, Tensor]) -> dict[str, Block]:
         """A block per parameter, in their order: those found, those of rows by autograd, and zeros for the others."""
-        plain = self.fallback | self.unproven
-        for name in plain:
+        plain = self.fallback | set(self.verdict.forms)
+        for name in plain - set(blocks):
             zeros = self._like(name).new_zeros(examples, self.params[name].numel()) if name not in rows else rows[name]
             blocks[name] = Flat((name,), zeros)
         self._fill(blocks, examples, {name: r for name, r in rows.items() if name not in plain})
         order = list(self.params)
         return dict(sorted(blocks.items(), key=lambda item: order.index(item[0])))
 
-    def _calls(self, batch: Batch, of: str) -> tuple[Tensor, Tensor, list[tuple[nn.Module, Tensor, Tensor]], set[str]]:
-        """Value, residual, each ruled call's input and output gradient, and unproven names that matter here."""
-        calls: list[tuple[nn.Module, Tensor, Any]] = []
+    def _pass(
+        self, batch: Batch, of: str
+    ) -> tuple[Tensor, Tensor, list[tuple[Call, Tensor, Tensor, int]], dict[str, Tensor], set[str], Totals]:
+        """One forward pass and what is needed of the backward one.
 
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            x = args[0] if args else kwargs.get("input", kwargs.get("x"))
-            if isinstance(out, Tensor) and out.requires_grad and isinstance(x, Tensor):
-                # the edge stays that of this output even if an in-place operation changes the tensor later
-                calls.append((module, x.detach(), get_gradient_edge(out)))
+        Returns:
+            value, residual, the calls with input and output gradient by example (and how many rows each has), the
+            gradients of repeated parameters, the parameters that need autograd here, and summed gradients.
+        """
+        n = batches.size(batch)
+        self._batch += 1
+        with (
+            torch.enable_grad(),
+            repeated(self.model, self.verdict.forms, self.params, n) as leaves,
+            traced(self.model, self._sites.modules(), self._functional, self.verdict.spread, n) as trace,
+        ):
+            value, residual = self.task.differentiate(self.model, batch, of)
+        graph = graphs.read(value, self._constants, trace.end if self.task.is_named else None)
+        late = graphs.unexplained(graph.uses, self._names, trace.windows)
+        form = hash((graph.form, tuple(t.shape for t in batches.tensors(batch)), tuple(c.shape for c in trace.calls)))
+        known = graph.form is not None and form in self.verdict.proven and self._batch % _AGAIN
+        # what has no place among the rules here, or whose rows must add up
+        summed = sorted(self.fallback | self._watched | late)
+        parameters = [self.params[name] for name in summed]
+        ahead: list[Any] = [call.edge for call in trace.calls] + list(leaves.values())
+        plain: list[Tensor | None] = [None] * (len(ahead) + len(summed))
+        weighted: list[Tensor | None] = [None] * len(ahead)
+        weights: Weights | None = None
+        if value.requires_grad and plain:
+            if n > 1 and ahead and not known:
+                weights = Weights(n, value, self._batch)
+            plain = _gradients(value.sum(), [*ahead, *parameters], weights is not None)
+            if weights is not None:
+                weighted = _gradients((value * weights.values).sum(), ahead, False)
+        totals = Totals(
+            {
+                name: self._like(name).new_zeros(self.params[name].shape) if g is None else wide(_dense(g))
+                for name, g in zip(summed, plain[len(ahead) :], strict=True)
+            },
+            float(value.detach().abs().sum()),
+            any(t.dtype in HALF for t in [value, *parameters, *(call.x for call in trace.calls)]),
+        )
+        reached = []
+        for call, g, h in zip(trace.calls, plain, weighted, strict=False):
+            if g is None:
+                continue
+            layout = self._layout(call)
+            per = 0 if layout is None else layout.per(g, n)
+            if layout is None or not per or layout.per(call.x, n) != per:
+                late |= set(call.site.slots.values())
+                continue
+            g = layout.rows(g, n)
+            if weights is not None and (h is None or not weights.apart(g, layout.rows(h, n))):
+                late |= set(call.site.slots.values())
+                continue
+            reached.append((call, layout.rows(call.x, n), g, per))
+        rows: dict[str, Tensor] = {}
+        start = len(trace.calls)
+        for name, g, h in zip(leaves, plain[start:], weighted[start:], strict=False):
+            if g is not None and weights is not None and (h is None or not weights.apart(g, h)):
+                late.add(name)
+            elif g is not None:
+                rows[name] = g
+        if weights is not None and not late and graph.form is not None:
+            self.verdict.proven.add(form)
+        return value.detach(), residual, reached, rows, late, totals
 
-        handles = [module.register_forward_hook(keep, with_kwargs=True) for module in self._slots]
-        try:
-            with torch.enable_grad():
-                value, residual = self.task.differentiate(self.model, batch, of)
-        finally:
-            for handle in handles:
-                handle.remove()
-        late: set[str] = set()
-        watched = sorted(self.unproven)
-        inputs = [edge for _, _, edge in calls] + [self.params[name] for name in watched]
-        reached: list[tuple[nn.Module, Tensor, Tensor]] = []
-        if inputs and value.requires_grad:
-            grads = torch.autograd.grad(value.sum(), inputs, allow_unused=True)
-            # the batch's summed gradient tells whether an unproven parameter matters here at all
-            late = {n for n, g in zip(watched, grads[len(calls) :], strict=True) if g is not None and bool(g.any())}
-            reached = [(m, x, g) for (m, x, _), g in zip(calls, grads, strict=False) if g is not None]
-        return value.detach(), residual, reached, late
+    def _layout(self, call: Call) -> Layout | None:
+        known = self.verdict.layouts.get(call.site.key, ())
+        if len(known) == 1:
+            return known[0]
+        return known[call.index] if call.index < len(known) else None
 
-    def _joined(self, module: nn.Module) -> bool:
-        return all(self._uses[name] == 1 for name in self._slots[module].values())
-
-    def _collect(self, found: dict[tuple[str, ...], list[Block]], module: nn.Module, x: Tensor, g: Tensor) -> bool:
+    def _collect(self, found: dict[tuple[str, ...], list[Block]], site: Site, x: Tensor, g: Tensor, per: int) -> bool:
         """Add the blocks of one call; False where its rule does not cover it."""
-        rule = rule_for(module)
-        assert rule is not None
-        names = self._slots[module]
+        names = site.slots
         with torch.no_grad():
-            # sums over positions and products of factors in float32, whatever the weights
-            blocks = rule(module, wide(x), wide(g), set(names), self._joined(module))
+            try:
+                # sums over positions and products of factors in float32, whatever the weights
+                blocks = site.rule(site.module, wide(x), wide(g), set(names), site.joined)
+            except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+                log.info("the rule for %s does not hold: %s", site.key, str(error).splitlines()[0])
+                return False
             for attributes, block in blocks.items():
                 block.params = tuple(names[a] for a in attributes)
-                found.setdefault(block.params, []).append(block)
+                found.setdefault(block.params, []).append(folded(block, per))
         return bool(blocks)
 
     def _fill(self, blocks: dict[str, Block], examples: int, rows: dict[str, Tensor]) -> None:
         """Blocks, in the form their rule gives, for parameters that this batch reached otherwise or not at all."""
         seen = {name for block in blocks.values() for name in block.params}
-        for module, names in self._slots.items():
-            if seen.issuperset(names.values()):
+        for site in self.sites.values():
+            if seen.issuperset(site.slots.values()):
                 continue
-            for attributes in groups_of(module, set(names), self._joined(module)):
-                params = tuple(names[a] for a in attributes)
+            for attributes in groups_of(site.rule, set(site.slots), site.joined):
+                params = tuple(site.slots[a] for a in attributes)
                 if params[0] not in seen:
                     own = [rows.get(name) for name in params]
-                    if own == [None]:
-                        # of a weight that layers of several kinds share, the form that their sum has
-                        users = [m for m, named in self._slots.items() if params[0] in named.values()]
-                        module = next((m for m in users if not isinstance(m, nn.Embedding)), module)
-                    blocks[params[0]] = block_of(module, attributes, params, own, self._like(params[0]), examples)
+                    # of a weight that layers of several kinds share, the form that their sum has
+                    users = [s for s in self.sites.values() if params[0] in s.slots.values()]
+                    of = next((s for s in users if not isinstance(s.module, nn.Embedding)), site)
+                    as_is = next(a for a, name in of.slots.items() if name == params[0])
+                    form = attributes if len(attributes) > 1 else (as_is,)
+                    groups = (
+                        int(getattr(of.module, "groups", 1)) if isinstance(of.module, nn.modules.conv._ConvNd) else 1
+                    )
+                    like = self._like(params[0])
+                    blocks[params[0]] = block_of(of.rule, groups, form, params, own, like, examples)
                     seen |= set(params)
+        for name in set(self.params) - seen:
+            blocks[name] = Flat(
+                (name,), rows.get(name, self._like(name).new_zeros(examples, self.params[name].numel()))
+            )
 
     def _like(self, name: str) -> Tensor:
         """A tensor of a parameter's shape and of its gradient's dtype; its numbers mean nothing."""
         parameter = self.params[name]
-        return torch.empty_like(parameter, dtype=torch.float32) if parameter.dtype in HALF else parameter
+        return torch.empty_like(parameter, dtype=torch.float32) if parameter.dtype in HALF else parameter.detach()
 
-    def _autograd(self, batch: Batch, of: str, wanted: Collection[str]) -> dict[str, Tensor]:
-        """(B, numel) rows of these parameters by per-example autograd."""
+    def _by_autograd(
+        self, batch: Batch, of: str, wanted: Collection[str], value: Tensor, totals: Totals
+    ) -> dict[str, Tensor]:
+        """(B, numel) rows of these parameters by per-example autograd, held against the batch's gradient."""
         names = [name for name in self.params if name in wanted]
-        return {name: wide(rows) for name, rows in self._rows(batch, of, names).items()} if names else {}
+        if not names:
+            return {}
+        rows, alone = self._rows(batch, of, names)
+        if self._autograd.vectorised and totals.odd(rows):
+            log.info("per-example autograd runs one example at a time: under vmap it gives other gradients")
+            self._autograd.vectorised = False
+            rows, alone = self._rows(batch, of, names)
+        refuse_company(value, alone)
+        return rows
 
-    def _rows(self, batch: Batch, of: str, names: list[str]) -> dict[str, Tensor]:
-        if self.vectorised:
-            try:
-                return self._vectorised(batch, of, names)
-            except (RuntimeError, NotImplementedError) as error:
-                log.info("per-example autograd runs one example at a time: %s", str(error).splitlines()[0])
-                self.vectorised = False
-        return self._looped(batch, of, names)
+    def _rows(self, batch: Batch, of: str, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
+        if self.copies == 1:
+            return self._autograd.rows(batch, of, names)
+        size = batches.size(batch) // self.copies
+        parts: list[tuple[dict[str, Tensor], Tensor]] = []
+        for copy in range(self.copies):
+            with self.only(copy):
+                parts.append(self._autograd.rows(batches.take(batch, copy * size, (copy + 1) * size), of, names))
+        return {name: torch.cat([rows[name] for rows, _ in parts]) for name in names}, torch.cat([v for _, v in parts])
 
-    def _vectorised(self, batch: Batch, of: str, names: list[str]) -> dict[str, Tensor]:
-        wrapped = _Differentiated(self.task, self.model, of)
-        n = batches.size(batch)
-        mapped: list[Tensor] = []
-        batches.map_tensors(batch, lambda t: mapped.append(t) or t if t.ndim and t.shape[0] == n else t)  # type: ignore[func-returns-value]
 
-        def value(params: dict[str, Tensor], *rows: Tensor) -> Tensor:
-            remaining = iter(rows)
-            one = batches.map_tensors(
-                batch, lambda t: next(remaining).unsqueeze(0) if t.ndim and t.shape[0] == n else t
-            )
-            return functional_call(wrapped, params, (one,)).sum()
+def refuse_company(together: Tensor, alone: Tensor, scale: float | None = None) -> None:
+    """Refuse a batch in which an example's output is another than alone.
 
-        params = {f"model.{name}": self.params[name].detach() for name in names}
-        size = sum(p.numel() for p in params.values())
-        chunk = max(1, min(n, 2**27 // max(1, size)))
-        rows = vmap(grad(value), in_dims=(None, *[0] * len(mapped)), chunk_size=chunk)(params, *mapped)
-        return {name: rows[f"model.{name}"].flatten(1).detach() for name in names}
+    Args:
+        together: (B,) outputs in the batch.
+        alone: (B,) the same alone.
+        scale: how large outputs are, to tell a difference from rounding; from those given by default.
 
-    def _looped(self, batch: Batch, of: str, names: list[str]) -> dict[str, Tensor]:
-        rows: dict[str, list[Tensor]] = {name: [] for name in names}
-        parameters = [self.params[name] for name in names]
-        for index in range(batches.size(batch)):
-            with torch.enable_grad():
-                value, _ = self.task.differentiate(self.model, batches.take(batch, index, index + 1), of)
-            grads = torch.autograd.grad(value.sum(), parameters, allow_unused=True)
-            for name, parameter, g in zip(names, parameters, grads, strict=True):
-                g = torch.zeros_like(parameter) if g is None else g.to_dense() if g.is_sparse else g
-                rows[name].append(g.detach().flatten())
-        return {name: torch.stack(value) for name, value in rows.items()}
+    Raises:
+        ExampleError: names the example that is furthest off.
+    """
+    loose = 5e-2 if together.dtype in HALF or alone.dtype in HALF else 1e-3
+    a, b = together.double(), alone.double()
+    scale = float(b.abs().nanmean()) if scale is None else scale
+    off = (a - b).abs() - loose * (b.abs() + scale) - 1e-6
+    if bool((off > 0).any()):
+        place = int(off.nan_to_num(-torch.inf).argmax())
+        raise ExampleError(
+            place,
+            f"an example's output depends on the other examples in its batch: {float(a[place]):.5g} in a batch of "
+            f"{len(a)}, {float(b[place]):.5g} alone (padding that the model does not mask, batch statistics, "
+            "sorting?); attribution needs one output per example",
+        )
+
+
+def _gradients(value: Tensor, inputs: Iterable[Any], keep: bool) -> list[Tensor | None]:
+    return list(torch.autograd.grad(value, list(inputs), retain_graph=keep, allow_unused=True))
+
+
+def _dense(t: Tensor) -> Tensor:
+    return t.to_dense() if t.is_sparse else t
 
 
 def _merged(found: dict[tuple[str, ...], list[Block]], late: set[str]) -> dict[str, Block]:
-    """One block per parameter, but for those that autograd takes."""
+    """One block per parameter, but for those that autograd takes; those that share a block go there together."""
+    while True:
+        more = {name for names in found if not late.isdisjoint(names) for name in names} - late
+        if not more:
+            break
+        late |= more
     kept = [merge(blocks) for names, blocks in found.items() if late.isdisjoint(names)]
     return {block.params[0]: block for block in kept}
-
-
-def calibrate(task: Task, model: nn.Module, params: dict[str, nn.Parameter], batch: Batch, of: str) -> Verdict:
-    """Hold the rules against autograd on a few examples, in their order and in the opposite one.
-
-    Args:
-        task: what is differentiated.
-        model: the member's model.
-        params: the attributed parameters by name.
-        batch: a few examples.
-        of: "output" or "loss".
-
-    Raises:
-        ValueError: the model is not deterministic, or an example's output depends on the others in its batch.
-    """
-    _check_separable(task, model, batch, of)
-    capture = Capture(task, model, params)
-    expected = capture._looped(batch, of, list(params))
-    total = max(float(rows.norm()) for rows in expected.values())
-    tolerance = {torch.float64: 1e-9, torch.float32: 2e-4}.get(next(iter(params.values())).dtype, 5e-2)
-    orders = [list(range(batches.size(batch))), list(reversed(range(batches.size(batch))))]
-
-    def agrees(name: str, rows: Tensor | None, order: list[int]) -> bool:
-        reference = wide(expected[name][order])
-        if rows is None or rows.shape != reference.shape:
-            return rows is None and not reference.any()
-        error = float((rows - reference).norm())
-        return error <= tolerance * (float(reference.norm()) + 1e-2 * total)
-
-    unproven = frozenset(name for name, rows in expected.items() if not rows.any()) - capture.fallback
-    wrong = capture.fallback
-    while True:
-        capture = Capture(task, model, params, Verdict(wrong, unproven))
-        found: set[str] = set()
-        try:
-            for order in orders:
-                _, _, blocks, late = capture._ruled(batches.pick(batch, order), of)
-                rows = {
-                    name: part
-                    for block in blocks.values()
-                    for name, part in zip(block.params, block.split(), strict=True)
-                }
-                checked = set(params) - capture.fallback - unproven - (late - capture.refused)
-                found |= {name for name in checked if not agrees(name, rows.get(name), order)}
-        except (RuntimeError, ValueError, IndexError) as error:
-            # a rule that cannot even run, on a shape it does not foresee: leave everything to autograd
-            log.info("no fast path for this model: %s", str(error).splitlines()[0])
-            capture = Capture(task, model, params, Verdict(frozenset(params)))
-            unproven = frozenset()
-            break
-        if not found:
-            break
-        # without them other weights and biases are stored apart, so measure again
-        wrong = capture.fallback | found
-    vectorised = True
-    if capture.fallback or unproven:
-        log.info("per-example autograd for %d of %d parameters", len(capture.fallback), len(params))
-        fast = capture._autograd(batch, of, capture.fallback | unproven)
-        vectorised = capture.vectorised and all(agrees(name, fast[name], orders[0]) for name in fast)
-    return Verdict(frozenset(capture.fallback), unproven, vectorised)
-
-
-def _check_separable(task: Task, model: nn.Module, batch: Batch, of: str) -> None:
-    with torch.no_grad():
-        whole = task.differentiate(model, batch, of)[0]
-        again = task.differentiate(model, batch, of)[0]
-        alone = [task.differentiate(model, batches.take(batch, i, i + 1), of)[0] for i in range(len(whole))]
-    if not torch.allclose(whole, again, rtol=1e-6, atol=1e-6, equal_nan=True):
-        raise ValueError(
-            "the model gives another output on a second call with the same batch; expected a deterministic model "
-            "(is something random left on in eval mode?)"
-        )
-    loose = 1e-3 if whole.dtype in (torch.float32, torch.float64) else 5e-2
-    if whole.isfinite().all() and not torch.allclose(whole, torch.cat(alone), rtol=loose, atol=loose):
-        raise ValueError(
-            "an example's output depends on the other examples in its batch (batch statistics?); attribution needs "
-            "one output per example"
-        )
 
 
 def attributed(task: Task, model: nn.Module, selects: Callable[[str], bool]) -> dict[str, nn.Parameter]:

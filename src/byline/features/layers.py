@@ -147,9 +147,21 @@ def elementwise(module: nn.Module, x: Tensor, g: Tensor, slots: set[str], join: 
 
     n is what the module's own forward makes of w = 1 less what it makes of w = 0 (c is 1 in Gemma's).
     """
+    normal = _normal(module, x, g, -1)
+    return {} if normal is None else _scale_and_shift(normal, g, slots, _sum_positions)
+
+
+def channelwise(module: nn.Module, x: Tensor, g: Tensor, slots: set[str], join: bool) -> dict[tuple[str, ...], Block]:
+    """The same over the second dimension: layer norms of pictures that turn the channels to the end and back."""
+    normal = _normal(module, x, g, 1)
+    return {} if normal is None else _scale_and_shift(normal, g, slots, _over_channels)
+
+
+def _normal(module: nn.Module, x: Tensor, g: Tensor, dim: int) -> Tensor | None:
+    """What stands beside the weight, over this dimension; None where the module is not of that kind."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    if g.shape != x.shape or x.shape[-1:] != weight.shape:
-        return {}
+    if g.shape != x.shape or x.ndim < 2 or x.shape[dim] != weight.numel() or weight.ndim != 1:
+        return None
 
     def at(value: float) -> Tensor:
         return functional_call(module, {"weight": torch.full_like(weight, value, dtype=x.dtype)}, (x,))
@@ -158,8 +170,8 @@ def elementwise(module: nn.Module, x: Tensor, g: Tensor, slots: set[str], join: 
         normal = at(1.0) - at(0.0)
     except (TypeError, ValueError, RuntimeError):
         # a module that wants more than one tensor
-        return {}
-    return _scale_and_shift(normal, g, slots, _sum_positions) if normal.shape == g.shape else {}
+        return None
+    return normal if normal.shape == g.shape else None
 
 
 def group_norm(module: nn.GroupNorm, x: Tensor, g: Tensor, slots: set[str], join: bool) -> dict[tuple[str, ...], Block]:
@@ -188,33 +200,48 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.BatchNorm3d: batch_norm,
 }
 
-SPATIAL: tuple[Rule, ...] = (conv, group_norm, batch_norm)
+SPATIAL: tuple[Rule, ...] = (conv, group_norm, batch_norm, channelwise)
 """Rules of layers whose second dimension is the channel, not the position."""
 
+PLAIN: frozenset[type[nn.Module]] = frozenset(RULES)
+"""The classes whose forward the rules are theorems of; what inherits from them is watched in every batch."""
 
-def groups_of(module: nn.Module, slots: set[str], join: bool) -> list[tuple[str, ...]]:
-    """Which parameters of a module share a block."""
-    if join and slots == {"weight", "bias"} and rule_for(module) in (linear, conv):
+ALTERNATIVES: dict[str, Rule] = {"elementwise": elementwise, "channelwise": channelwise}
+"""What is tried for a module that holds a scale, and perhaps a shift, where its own rule is wrong."""
+
+
+def groups_of(rule: Rule, slots: set[str], join: bool) -> list[tuple[str, ...]]:
+    """Which parameters of a call share a block."""
+    if join and slots == {"weight", "bias"} and rule in (linear, conv):
         return [("weight", "bias")]
     return [(slot,) for slot in sorted(slots, reverse=True)]
 
 
 def block_of(
-    module: nn.Module,
+    rule: Rule,
+    groups: int,
     attributes: tuple[str, ...],
     params: tuple[str, ...],
     rows: list[Tensor | None],
     like: Tensor,
     examples: int,
 ) -> Block:
-    """A block in the form that the module's rule gives, from (B, numel) rows, or of zeros without rows."""
-    rule = rule_for(module)
+    """A block in the form that a rule gives, from (B, numel) rows, or of zeros without rows.
+
+    Args:
+        rule: which.
+        groups: of a convolution; 1 otherwise.
+        attributes: what the rule calls the parameters.
+        params: their names.
+        rows: of each; None for zeros.
+        like: has the first parameter's shape and its gradient's dtype.
+        examples: B.
+    """
     if attributes == ("weight",) and rule is embedding:
         right = (like.new_zeros(examples, like.numel()) if rows[0] is None else rows[0]).view(examples, *like.shape)
         return Lookup(params, torch.arange(len(like), device=like.device).expand(examples, -1), right, len(like))
     if "weight" not in attributes or rule not in (linear, conv, conv1d_of_transformers):
         return Flat(params, like.new_zeros(examples, like.numel()) if rows[0] is None else rows[0])
-    groups = getattr(module, "groups", 1) if rule is conv else 1
     outputs, inputs = len(like) // groups, like[0].numel() + len(params) - 1
     if rows[0] is None:
         return Outer(params, like.new_zeros(examples, groups, 1, outputs), like.new_zeros(examples, groups, 1, inputs))
@@ -231,10 +258,21 @@ def rule_for(module: nn.Module) -> Rule | None:
             return RULES[kind]
     if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers"):
         return conv1d_of_transformers
-    return elementwise if _scales(module) else None
+    return elementwise if is_scale(module) else None
 
 
-def _scales(module: nn.Module) -> bool:
+def is_plain(module: nn.Module, rule: Rule) -> bool:
+    """Whether the rule is a theorem of the module's forward, for any weights and inputs."""
+    if "forward" in vars(module) or len(module._forward_hooks) or isinstance(module, torch.jit.ScriptModule):
+        return False
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
+        return False
+    if rule is conv1d_of_transformers:
+        return type(module).__name__ == "Conv1D"
+    return type(module) in PLAIN and RULES.get(type(module)) is rule
+
+
+def is_scale(module: nn.Module) -> bool:
     """Whether a module holds a vector ``weight``, perhaps a ``bias`` like it, and nothing else."""
     own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
     shapes = {tuple(parameter.shape) for parameter in own.values()}

@@ -1,0 +1,173 @@
+"""Autograd's graph of a forward pass, read: who uses the parameters, and whether its shape alone decides which row
+belongs to which example.
+
+Most operations treat their rows the same whatever the numbers are: of two passes with the same operations, wired and
+parametrised alike on tensors of the same shapes, either both keep examples apart or neither does. Indexing by tensors,
+sorting, masking out and whatever is not known here does not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+_STATIC = frozenset({
+    "AccumulateGrad", "Add", "Addmm", "Addmv", "Addcmul", "Addcdiv", "Addr", "Baddbmm", "Bmm", "Mm", "Mv",
+    "Dot", "Mul", "Div", "Sub", "Rsub", "Neg", "Abs", "Pow", "Sqrt", "Rsqrt", "Reciprocal", "Exp", "Expm1",
+    "Log", "Log1P", "Log2", "Sin", "Cos", "Tanh", "Sigmoid", "LogSigmoid", "Relu", "Relu6", "Gelu", "Silu",
+    "Mish", "Softplus", "Elu", "Celu", "Selu", "LeakyRelu", "PreluKernel", "Hardswish", "Hardsigmoid",
+    "Hardtanh", "Threshold", "Erf", "Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum", "Sgn", "Softmax",
+    "LogSoftmax", "Logsumexp", "Sum", "Mean", "Var", "Std", "VarMean", "LinalgVectorNorm", "Norm", "Cumsum",
+    "Lerp", "NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "FusedRmsNorm", "Convolution",
+    "ConvolutionOverrideable", "MkldnnConvolution", "MkldnnLinear", "Linear", "AvgPool2D", "AvgPool1D",
+    "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "AvgPool3D", "MaxPool2DWithIndices", "AdaptiveMaxPool2D",
+    "UpsampleNearest1D", "UpsampleNearest2D", "UpsampleBilinear2D", "UpsampleBicubic2D", "PixelShuffle",
+    "PixelUnshuffle", "Im2Col", "Col2Im", "ScaledDotProductFlashAttentionForCpu",
+    "ScaledDotProductFlashAttention", "ScaledDotProductEfficientAttention", "ScaledDotProductCudnnAttention",
+    "Embedding", "MaskedFill", "Where", "Glu", "ConstantPadNd", "ReflectionPad1D", "ReflectionPad2D",
+    "ReplicationPad2D", "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Alias", "Clone",
+    "Copys", "ToCopy", "SafeSoftmax", "Amax", "Amin", "Expand", "Repeat", "Squeeze", "Unsqueeze", "Select",
+    "Slice", "Split", "SplitWithSizes", "UnsafeSplit", "Unbind", "Cat", "Stack", "Roll", "Flip", "Diagonal",
+    "Detach",
+})  # fmt: skip
+_SAVED = (
+    "dim", "dims", "dim0", "dim1", "index", "start", "end", "step", "split_size", "split_sizes", "shifts", "repeats",
+    "self_sym_sizes", "size",
+)  # fmt: skip
+_PRODUCTS = frozenset(["Mm", "Bmm", "Addmm", "Baddbmm", "Mv", "Addmv", "Dot", "Linear", "MkldnnLinear"])
+_VIEWS = frozenset(
+    (
+        "T",
+        "Transpose",
+        "Permute",
+        "View",
+        "UnsafeView",
+        "ReshapeAlias",
+        "Expand",
+        "Unsqueeze",
+        "Squeeze",
+        "ToCopy",
+        "Clone",
+    )
+)
+_OPERANDS = (
+    "_saved_self",
+    "_saved_mat1",
+    "_saved_mat2",
+    "_saved_batch1",
+    "_saved_batch2",
+    "_saved_vec",
+    "_saved_input",
+)
+_VERSION = re.compile(r"Backward\d*$")
+
+_names: dict[str, tuple[str, bool]] = {}
+_saved: dict[str, tuple[str, ...]] = {}
+
+
+@dataclass
+class Graph:
+    """What a walk over a graph found."""
+
+    uses: list[tuple[int, int]]
+    """(``id`` of a leaf, place of the node that uses it in autograd's count), for every use."""
+    form: tuple[object, ...] | None
+    """The operations, how they are wired and parametrised; None where numbers decide what belongs to whom."""
+
+
+def read(value: Tensor, constants: Collection[int] = (), until: int | None = None) -> Graph:
+    """Walk the graph behind a value.
+
+    Args:
+        value: the root.
+        constants: addresses of the model's own storages. A product with any other tensor that has no gradient may sort
+            or route examples by numbers.
+        until: place in autograd's count from which on operations are byline's own, and keep examples apart.
+    """
+    uses: list[tuple[int, int]] = []
+    form: list[object] = []
+    static = True
+    if value.grad_fn is None:
+        return Graph(uses, ())
+    numbers = {value.grad_fn: 0}
+    stack: list[Any] = [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        kind = node.name()
+        known = _names.get(kind)
+        if known is None:
+            plain = _VERSION.sub("", kind.rpartition("::")[2])
+            known = _names[kind] = (plain, plain in _STATIC)
+            _saved[kind] = tuple(f"_saved_{a}" for a in _SAVED if hasattr(node, f"_saved_{a}"))
+        if static and (until is None or node._sequence_nr() < until):
+            static = known[1] and not (known[0] in _PRODUCTS and _by_numbers(node, constants))
+        form.append(kind)
+        for attribute in _saved[kind]:
+            form.append(_plain(getattr(node, attribute)))
+        for following, output in node.next_functions:
+            if following is None:
+                form.append(None)
+                continue
+            number = numbers.get(following)
+            variable = getattr(following, "variable", None)
+            if variable is not None:
+                uses.append((id(variable), node._sequence_nr()))
+                form.append((id(variable) if number is None else number, output))
+                numbers.setdefault(following, id(variable))
+                continue
+            if number is None:
+                number = numbers[following] = len(numbers)
+                stack.append(following)
+            form.append((number, output))
+    return Graph(uses, tuple(form) if static else None)
+
+
+def _by_numbers(node: Any, constants: Collection[int]) -> bool:
+    """Whether an operand of a product is neither differentiated nor the model's own, and the other one no weight."""
+    edges = [following for following, _ in node.next_functions]
+    if all(following is not None for following in edges):
+        return False
+    if all(following is None or _is_leaf(following) for following in edges):
+        # data times a weight: a row of the one gives a row of the product
+        return False
+    try:
+        operands = [t for t in (getattr(node, name, None) for name in _OPERANDS) if isinstance(t, Tensor)]
+        return any(not t.requires_grad and t.untyped_storage().data_ptr() not in constants for t in operands)
+    except RuntimeError:
+        return True
+
+
+def _is_leaf(node: Any) -> bool:
+    """Whether a node is a parameter, or one seen another way."""
+    while _VERSION.sub("", node.name()) in _VIEWS and node.next_functions[0][0] is not None:
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", None) is not None
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Tensor):
+        # of an operation that is let pass for its place, or not at all
+        return None
+    return tuple(value) if isinstance(value, list) else value
+
+
+def unexplained(
+    uses: Sequence[tuple[int, int]], names: Mapping[int, str], windows: Mapping[str, list[tuple[int, int]]]
+) -> set[str]:
+    """Parameters with a use that no watched call made.
+
+    Args:
+        uses: of a graph.
+        names: of the parameters, by ``id``.
+        windows: per parameter, the spans of autograd's count in which watched calls used it.
+    """
+    return {
+        name
+        for variable, place in uses
+        if (name := names.get(variable)) is not None
+        and not any(start <= place < stop for start, stop in windows.get(name, ()))
+    }
