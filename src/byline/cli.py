@@ -235,6 +235,8 @@ def mislabels(
     console = Console(stderr=True)
     with _one_sentence():
         found_data = own.read(data, label, size)
+        for note in found_data.notes:
+            console.print(escape(f"- {note}"), highlight=False, soft_wrap=True)
         console.print(f"{escape(found_data.what)}: training a small model for {epochs} epochs", highlight=False)
         found = own.look_for_mislabels(found_data, rows=rows, epochs=epochs)
         out = Path("runs/mislabels") / data.resolve().stem if out is None else out

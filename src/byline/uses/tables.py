@@ -1,0 +1,485 @@
+"""Tables as people keep them: CSV files of any country and program as numbers, and a word about all that changes.
+
+A file is text cells first: which of them are numbers is decided for a column, never by what one cell looks like.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+import sys
+import threading
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SEPARATORS = (",", ";", "\t", "|")
+WORDS = 50
+_ODD = 0.1  # of a column's cells: so many that are no number leave it one of numbers, if
+_DISTINCT = 10  # it has more different numbers than that; below, each may be a name
+_MARKS = frozenset(
+    ("na", "n/a", "n.a.", "#n/a", "#n/a n/a", "#na", "nan", "-nan", "<na>", "null", "none", "nil")
+    + ("?", "-", "--", "---", "–", "—", ".", "..", "…", "inf", "-inf", "+inf", "infinity", "-infinity", "+infinity")
+    + ("1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan", "#value!", "#div/0!", "#ref!", "#num!", "#name?")
+)
+_SIGN = r"[$€£¥₹₽₩₺₪₫₴₦¢฿%‰°]|(?:EUR|USD|GBP|CHF|JPY|CNY|INR|SEK|NOK|DKK|PLN|CZK|AUD|CAD|BRL)\b"
+_SHAPE = re.compile(
+    rf"(?P<minus>[-+]?)\s*(?P<before>{_SIGN})?\s*(?P<inner>[-+]?)"
+    r"(?P<core>(?:[0-9]|[.,](?=[0-9]))(?:[0-9.,'’ \u00a0\u2009\u202f]*[0-9.,])?(?:[eE][-+]?[0-9]+)?)"
+    rf"\s*(?P<after>{_SIGN})?"
+)
+_SPACES = " \u00a0\u2009\u202f"
+_DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}(\D.*)?|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2})(\D.*)?|\d{1,2}:\d{2}.*")
+_PARSING = threading.Lock()
+_END = "\x00end"  # no cell: files with NUL are refused before
+
+
+class Said:
+    """What was left out or taken for something else, by kind, in the order in which it was found."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, list[str]] = {}
+
+    def __call__(self, kind: str, item: str = "") -> None:
+        """Note an item of a kind."""
+        self.kinds.setdefault(kind, []).append(item)
+
+    def lines(self) -> list[str]:
+        """A sentence a kind."""
+        return [kind if items == [""] else f"{kind}: {some(items)}" for kind, items in self.kinds.items()]
+
+
+def some(items: Iterable[object], most: int = 20) -> str:
+    """The first of them, and how many more there are."""
+    texts = [str(item) for item in items]
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
+def quoted(text: object, most: int = 50) -> str:
+    """A cell or a name as it can be shown in a sentence: in quotes, in one line, not too long."""
+    text = str(text)
+    return repr(text if len(text) <= most else text[:most] + "…").encode("utf-8", "replace").decode()
+
+
+def read_cells(data: bytes, where: str, wanted: Collection[str], said: Said) -> pd.DataFrame:
+    """The cells of a CSV file with a header, as text as they are.
+
+    Args:
+        data: The file's bytes: UTF-8, UTF-16 with its mark, else Windows-1252.
+        where: What the file is called in a refusal.
+        wanted: Columns that it should have: of the separators, one that makes them is taken.
+        said: Told what was skipped, renamed or guessed.
+
+    Returns:
+        A column of str for each of the file's; in its ``attrs`` the "separator", and as "renamed" pairs of the header's
+        names and the columns'.
+
+    Raises:
+        ValueError: It is no table: empty, binary, a quote that is never closed, or rows of other lengths.
+    """
+    import pandas as pd
+
+    text = _text(data, where, said)
+    if not text.strip():
+        raise ValueError(f"{where} is no CSV file that can be read: it is empty")
+    given = re.match(r"\s*sep=(.)[ \t]*(?:\r\n|\r|\n)", text)
+    if given:
+        text, separator = text[given.end() :], given[1]
+    else:
+        separator = _separator(text, wanted)
+    lines = _records(text, separator, where)
+    blank = [not row or (len(row) == 1 and row[0] != "" and not row[0].strip()) for row in lines]
+    filled = [row for row, nothing in zip(lines, blank, strict=True) if not nothing]
+    if not filled:
+        raise ValueError(f"{where} is no CSV file that can be read: it is empty")
+    header, rows = filled[0], filled[1:]
+    first = blank.index(False)
+    between = sum(blank[first : len(blank) - blank[::-1].index(False)])
+    if between:
+        said("blank lines between rows, which are not counted as rows", str(between))
+    unequal = [i for i, row in enumerate(rows) if len(row) != len(header)]
+    if unequal:
+        i = unequal[0]
+        raise ValueError(
+            f"{where}: row {i} (the first below the header is row 0) has {len(rows[i])} cells and the header "
+            f"{len(header)}; rows of another length: {len(unequal)}. Expected as many cells in each row"
+        )
+    empty = 0
+    while rows and not any(cell.strip() for cell in rows[-1]):
+        rows.pop()
+        empty += 1
+    if empty:
+        said("rows at the end that have no cell filled, left out", str(empty))
+    names = _names(header, said)
+    frame = pd.DataFrame(rows, columns=pd.Index(names, dtype=object), dtype=object)
+    frame.attrs = {"separator": separator, "renamed": list(zip(header, names, strict=True))}
+    return frame
+
+
+def _text(data: bytes, where: str, said: Said) -> str:
+    for start, what in (
+        (b"PK\x03\x04", "a zip file, as those of Excel and LibreOffice are"),
+        (b"\xd0\xcf\x11\xe0", "an old Excel file"),
+        (b"PAR1", "a Parquet file"),
+        (b"\x1f\x8b", "packed by gzip"),
+    ):
+        if data.startswith(start):
+            raise ValueError(f"{where} is no CSV file that can be read: it is {what}; expected a CSV file, as text")
+    marked = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        text = data.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        if marked:
+            raise ValueError(f"{where} is no CSV file that can be read: UTF-16 that ends in the middle") from None
+        try:
+            text, encoding = data.decode("cp1252"), "Windows-1252"
+        except UnicodeDecodeError:
+            text, encoding = data.decode("latin-1"), "Latin-1"
+        said(f"no UTF-8 (byte {error.start} is {data[error.start]:#04x}), so it is read as {encoding}")
+    if "\x00" in text:
+        place = text.index("\x00")
+        line = len(re.findall(r"\r\n|\r|\n", text[:place])) + 1
+        raise ValueError(
+            f"{where} is no CSV file that can be read: it has NUL bytes ({text.count(chr(0))}, the first in line {line}); "
+            "expected text, in UTF-8"
+        )
+    return text
+
+
+def _separator(text: str, wanted: Collection[str]) -> str:
+    """The separator whose header has the most of the wanted columns, then the most columns; a comma before others."""
+    start = text.lstrip()
+
+    def worth(separator: str) -> tuple[int, int]:
+        header = next(iter(_rows(_lines(start), separator, 1)), [])
+        return len({cell.strip() for cell in header} & {name.strip() for name in wanted}), len(header)
+
+    return max(SEPARATORS, key=worth)
+
+
+def _lines(text: str) -> io.StringIO:
+    # line ends of all kinds end a line, and stay as they are inside quotes
+    return io.StringIO(text, newline="")
+
+
+def _rows(lines: Iterable[str], separator: str, most: int | None = None) -> list[list[str]]:
+    with _PARSING:  # the limit is the process's
+        limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+        try:
+            reader = csv.reader(lines, delimiter=separator)
+            return [row for _, row in zip(range(most), reader, strict=False)] if most is not None else list(reader)
+        finally:
+            csv.field_size_limit(limit)
+
+
+def _records(text: str, separator: str, where: str) -> list[list[str]]:
+    ended = text.endswith(("\n", "\r"))
+    try:
+        found = _rows([*_lines(text), *([] if ended else ["\n"]), _END + "\n"], separator)
+    except csv.Error as error:
+        raise ValueError(f"{where} is no CSV file that can be read: {error}") from None
+    if found and found[-1] == [_END]:
+        found.pop()
+        # the line end that was added closes the last row, or is a blank line of its own where the last row was closed
+        if not ended and found and not found[-1]:
+            found.pop()
+        return found
+    # what was swallowed begins in the last row
+    row = max(0, sum(1 for one in found if one) - 2)
+    raise ValueError(f"{where} is no CSV file that can be read: a quote that opens in row {row} is never closed")
+
+
+def _names(header: Sequence[str], said: Said) -> list[str]:
+    """Distinct names of columns, made as pandas makes them."""
+    plain = [name if name.strip() else f"Unnamed: {i}" for i, name in enumerate(header)]
+    taken, names = set(plain), []
+    seen: Counter[str] = Counter()
+    for name, given in zip(plain, header, strict=True):
+        new = name
+        while seen[name] and new in taken:
+            new = f"{name}.{seen[name]}"
+            seen[name] += new in taken
+        seen[name] += 1
+        taken.add(new)
+        names.append(new)
+        if not given.strip():
+            said("columns without a name, and what they are called here", quoted(new))
+        elif new != given:
+            said("columns of the same name, and what the later ones are called here", f"{quoted(given)}: {quoted(new)}")
+    return names
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How the numbers of a column are written.
+
+    Attributes:
+        decimal: What stands before decimals.
+        groups: What stands between thousands, if anything.
+    """
+
+    decimal: str = "."
+    groups: str = ""
+
+    def pattern(self) -> re.Pattern[str]:
+        """What a number without its sign looks like."""
+        point = re.escape(self.decimal)
+        plain = rf"(?:[0-9]+(?:{point}[0-9]*)?|{point}[0-9]+)(?:[eE][-+]?[0-9]+)?"
+        if not self.groups:
+            return re.compile(plain)
+        group = f"[{re.escape(self.groups)}]"
+        return re.compile(rf"{plain}|[1-9][0-9]{{0,2}}(?:{group}[0-9]{{3}})+(?:{point}[0-9]+)?")
+
+    def value(self, core: str) -> float:
+        """The number that a core stands for."""
+        for mark in self.groups:
+            core = core.replace(mark, "")
+        return float(core.replace(self.decimal, "."))
+
+
+PLAIN = Numbers()
+_THOUSANDS, _COMMAS = Numbers(".", ","), Numbers(",", ".")
+_WAYS = (
+    PLAIN,
+    _THOUSANDS,
+    _COMMAS,
+    Numbers(".", _SPACES),
+    Numbers(",", _SPACES),
+    Numbers(".", "'’"),
+    Numbers(",", "'’"),
+)
+_PATTERNS = {way: way.pattern() for way in _WAYS}
+
+
+def _shape(cell: str) -> tuple[float, str, str] | None:
+    """Sign, digits and unit of a cell that may be a number."""
+    text = cell.strip().replace("−", "-")
+    debit = len(text) > 2 and text[0] == "(" and text[-1] == ")"  # as accountants write what is below zero
+    found = _SHAPE.fullmatch(text[1:-1] if debit else text)
+    if found is None or (found["minus"] and found["inner"]) or (found["before"] and found["after"]):
+        return None
+    if debit and (found["minus"] or found["inner"]):
+        return None
+    negative = debit or "-" in (found["minus"], found["inner"])
+    return -1.0 if negative else 1.0, found["core"], found["before"] or found["after"] or ""
+
+
+def is_missing(cell: str) -> bool:
+    """Whether a cell of a column of numbers stands for none."""
+    text = cell.strip().casefold()
+    return not text or text in _MARKS
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column of a table becomes numbers: standardised, or one column a value ("" where a cell is blank)."""
+
+    name: str
+    median: float = 0.0
+    mean: float = 0.0
+    std: float = 1.0
+    values: tuple[str, ...] | None = None
+    way: Numbers = PLAIN
+    unit: str = ""
+
+    def encode(self, cells: Any) -> np.ndarray:
+        """(n, ...) float64 of n cells: of text, or for a column of numbers of float64 with NaN where there is none.
+
+        Raises:
+            ValueError: A number so large that none of 32 bits stands for it.
+        """
+        if self.values is not None:
+            text = np.array([cell if cell.strip() else "" for cell in cells], dtype=object)
+            return (text[:, None] == np.array(self.values, dtype=object)).astype(np.float64)
+        numbers = np.asarray(cells, np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            made = (np.where(np.isnan(numbers), self.median, numbers) - self.mean) / self.std
+            if not np.isfinite(made.astype(np.float32)).all() or not np.isfinite(self.std):
+                raise ValueError(f"column {quoted(self.name)} has a number that is too large to be learnt from")
+        return made[:, None]
+
+    def one(self, given: str) -> np.ndarray:
+        """(1, ...) of one cell; nothing is a missing one.
+
+        Raises:
+            ValueError: No number, or a value that no row of the table has.
+        """
+        if self.values is None:
+            number = np.nan if is_missing(given) else self._number(given)
+            return self.encode([number])
+        value = given if given.strip() else ""
+        if value not in self.values and is_missing(value):
+            value = ""
+        if value and value not in self.values:
+            there = f"which no row of the table has; there are {some([one for one in self.values if one], 10)}"
+            raise ValueError(f"column {quoted(self.name)} has {quoted(given)}, {there}")
+        return self.encode([value])
+
+    def _number(self, given: str) -> float:
+        shape = _shape(given)
+        if shape is not None and shape[2] in ("", self.unit):
+            for way in (self.way, PLAIN):
+                if _PATTERNS[way].fullmatch(shape[1]):
+                    return shape[0] * way.value(shape[1])
+        raise ValueError(f"column {quoted(self.name)} has {quoted(given)}; expected a number")
+
+
+def column_of(name: str, cells: Sequence[str], comma: bool, said: Said) -> tuple[Column, np.ndarray] | None:
+    """How a column is encoded, and its encoded cells; None for one that cannot be learnt from.
+
+    Args:
+        name: What it is called.
+        cells: Its cells.
+        comma: Whether commas separate the file's columns, so that one inside a cell is no decimal comma by itself.
+        said: Told whatever is left out, filled or guessed.
+
+    Raises:
+        ValueError: A number so large that none of 32 bits stands for it.
+    """
+    shown = quoted(name)
+    missing = np.array([is_missing(cell) for cell in cells], dtype=bool)
+    if missing.all() and not any(cell.strip() for cell in cells):
+        said("columns left out, as they have no cell filled", shown)
+        return None
+    numbers = _numbers(shown, cells, missing, comma, said)
+    if numbers is None:
+        return _words(name, cells, said)
+    values, way, unit = numbers
+    if np.isinf(values).any():
+        raise ValueError(f"column {shown} has a number that is too large to be learnt from")
+    gaps = np.isnan(values)
+    if gaps.any():
+        place = int(gaps.argmax())
+        unusual = [f"{quoted(cell, 20)} in row {i}" for i, cell in enumerate(cells) if gaps[i] and cell.strip()]
+        first = some(unusual, 3) if unusual else f"the first in row {place}"
+        said("cells that are missing or no number, which take the column's median", f"{shown} ({gaps.sum()}: {first})")
+    median = float(np.nanmedian(values))
+    filled = np.where(gaps, median, values)
+    with np.errstate(over="ignore", invalid="ignore"):
+        std = float(filled.std())
+        # rounding of a constant is no spread
+        std = std if std > 1e-12 * float(np.abs(filled).max()) else 1.0
+        column = Column(name, median, float(filled.mean()), std, way=way, unit=unit)
+    if (filled == filled[0]).all():
+        said("columns of one value, which tell nothing", shown)
+    elif len(filled) > 2 and not gaps.any() and (np.diff(filled) == 1).all():
+        said("columns that count the rows, learnt from as numbers (take them out if the order says nothing)", shown)
+    return column, column.encode(values)
+
+
+def _numbers(
+    shown: str, cells: Sequence[str], missing: np.ndarray, comma: bool, said: Said
+) -> tuple[np.ndarray, Numbers, str] | None:
+    """A column's numbers with NaN for what is none, how they are written, and their unit; None for one of words."""
+    present = [cell for cell, none in zip(cells, missing, strict=True) if not none]
+    if not present:
+        return None
+    shapes = {cell: _shape(cell) for cell in set(present)}
+    times = Counter(present)
+    units = Counter[str]()
+    for cell, shape in shapes.items():
+        if shape is not None:
+            units[shape[2]] += times[cell]
+    if not units:
+        return None
+    unit = max(units, key=lambda one: (units[one], one))
+    money = [one for one in units if one not in ("", "%", "‰", "°")]
+    # an amount with its currency and one without are the same amount; 7 and 7 % are not
+    allowed = {"", money[0]} if len(money) == 1 and unit in ("", money[0]) else {unit}
+    unit = money[0] if len(allowed) == 2 else unit
+    cores = {cell: shape for cell, shape in shapes.items() if shape is not None and shape[2] in allowed}
+    fits = {way: {c for c, shape in cores.items() if _PATTERNS[way].fullmatch(shape[1])} for way in _WAYS}
+    counts = {way: sum(times[cell] for cell in fitting) for way, fitting in fits.items()}
+    way = max(_WAYS, key=lambda one: counts[one])
+    if way is _THOUSANDS and counts[way] == counts[_COMMAS] and not comma:
+        example = next(cell for cell in fits[way] if "," in cell)
+        said("columns of words, as commas may be decimal or stand between thousands", f"{shown} ({quoted(example)})")
+        return None
+    good = fits[way]
+    values_of = {cell: cores[cell][0] * way.value(cores[cell][1]) for cell in good}
+    distinct = len(set(values_of.values()))
+    share = counts[way] / len(present)
+    if share < 1 and (share < 1 - _ODD or distinct <= _DISTINCT):
+        odd = next(cell for cell in present if cell not in good)
+        if share >= 0.5:
+            said("columns of words, though most cells are numbers", f"{shown} (for cells such as {quoted(odd)})")
+        return None
+    _say_numbers(shown, cores, good, way, unit, comma, said)
+    return np.array([values_of.get(cell, math.nan) for cell in cells], np.float64), way, unit
+
+
+def _say_numbers(
+    shown: str,
+    cores: dict[str, tuple[float, str, str]],
+    good: set[str],
+    way: Numbers,
+    unit: str,
+    comma: bool,
+    said: Said,
+) -> None:
+    texts = sorted(cores[cell][1] for cell in good)
+    if unit:
+        said("signs beside numbers that are taken off", f"{quoted(unit)} in {shown}")
+    if way.groups and any(mark in text for text in texts for mark in way.groups):
+        mark = next(mark for text in texts for mark in way.groups if mark in text)
+        said("columns in which a sign stands between thousands", f"{quoted(mark)} in {shown}")
+    if way.decimal == "," and any("," in text for text in texts):
+        said("columns of decimal commas", shown)
+    pointed = [text for text in texts if "." in text]
+    if way is PLAIN and not comma and pointed and all(re.fullmatch(r"[1-9]\d{0,2}\.\d{3}", text) for text in pointed):
+        said("columns whose points are read as decimal, not as between thousands", f"{shown} ({quoted(pointed[0])})")
+    zeros = [text for text in texts if re.match("0[0-9]", text)]
+    if zeros:
+        said("columns of digits with leading zeros, which are read as numbers", f"{shown} ({quoted(zeros[0])})")
+
+
+def _words(name: str, cells: Sequence[str], said: Said) -> tuple[Column, np.ndarray] | None:
+    shown, text = quoted(name), [cell if cell.strip() else "" for cell in cells]
+    values = tuple(sorted(set(text)))
+    words = [value for value in values if value]
+    if len(values) > WORDS:
+        dates = np.mean([_DATE.fullmatch(value.strip()) is not None for value in words]) > 0.9
+        kind = f"columns left out, as they have more than {WORDS} different {'dates or times' if dates else 'words'}"
+        said(kind, f"{shown} ({len(words)}, such as {quoted(words[0], 20)})")
+        return None
+    marks = [value for value in words if is_missing(value)]
+    if marks:
+        said("cells that may stand for nothing, taken as words", f"{some(map(quoted, marks), 3)} in {shown}")
+    if "" in values:
+        said("blank cells of columns of words, a value of its own", f"{shown} ({text.count('')})")
+    if len(values) == 1:
+        said("columns of one value, which tell nothing", shown)
+    _say_alike(words, f" in {shown}", "words", said)
+    column = Column(name, values=values)
+    return column, column.encode(text)
+
+
+def say_labels(cells: Sequence[str], said: Said) -> None:
+    """Say which labels are taken as they are though they may be meant otherwise."""
+    words = sorted(set(cells))
+    marks = [f"{quoted(word)} ({list(cells).count(word)})" for word in words if is_missing(word)]
+    if marks:
+        said("labels that may stand for none, taken as words", some(marks, 5))
+    _say_alike(words, "", "labels", said)
+
+
+def _say_alike(words: Sequence[str], where: str, what: str, said: Said) -> None:
+    alike: dict[object, list[str]] = {}
+    for word in words:
+        shape = _shape(word)
+        key: object = " ".join(word.split()).casefold()
+        if shape is not None and not shape[2] and _PATTERNS[PLAIN].fullmatch(shape[1]):
+            key = shape[0] * PLAIN.value(shape[1])
+        alike.setdefault(key, []).append(word)
+    for same in alike.values():
+        if len(same) > 1:
+            said(f"{what} that are nearly the same, and are kept apart", " and ".join(map(quoted, same)) + where)
