@@ -65,8 +65,8 @@ def raw(opened: Any, width: int, height: int) -> Raw:
     """
     from PIL import Image, ImageOps
 
-    def sized(image: Any) -> Any:
-        return image.resize((width, height), Image.Resampling.BILINEAR)
+    def sized(image: Any) -> np.ndarray:
+        return np.array(image.resize((width, height), Image.Resampling.BILINEAR))
 
     frames = int(getattr(opened, "n_frames", 1))
     upright = ImageOps.exif_transpose(opened)
@@ -75,14 +75,14 @@ def raw(opened: Any, width: int, height: int) -> Raw:
         values = np.array(upright.convert("F"))
         finite = np.isfinite(values)
         values[~finite] = 0
-        made = np.asarray(sized(Image.fromarray(values)))
+        made = sized(Image.fromarray(values))
         return Raw(kind, made, float(values.min()), float(values.max()), frames, int((~finite).sum()))
     if upright.mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in upright.info:
         rgba = upright.convert("RGBA")
         if rgba.getchannel("A").getextrema()[0] < 255:
-            return Raw("clear", np.asarray(sized(rgba)), frames=frames)
+            return Raw("clear", sized(rgba), frames=frames)
         upright = rgba
-    return Raw("colour", np.asarray(sized(upright.convert("RGB"))), frames=frames)
+    return Raw("colour", sized(upright.convert("RGB")), frames=frames)
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class Form:
         clear = [one.values for one in raws if one.kind == "clear"]
         bits = max([8, *(int(max(one.high, 0)).bit_length() for one in whole)])
         return Form(
-            (min(0.0, *(one.low for one in whole)), 2.0**bits - 1) if whole else None,
-            (min(0.0, *(one.low for one in real)), max(one.high for one in real)) if real else None,
+            (min([0.0, *(one.low for one in whole)]), 2.0**bits - 1) if whole else None,
+            (min([0.0, *(one.low for one in real)]), max(one.high for one in real)) if real else None,
             _ground(clear) if clear else None,
         )
 

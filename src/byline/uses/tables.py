@@ -26,9 +26,11 @@ WORDS = 50
 _ODD = 0.1  # of a column's cells: so many that are no number leave it one of numbers, if
 _DISTINCT = 10  # it has more different numbers than that; below, each may be a name
 _MARKS = frozenset(
-    ("na", "n/a", "n.a.", "#n/a", "#n/a n/a", "#na", "nan", "-nan", "<na>", "null", "none", "nil")
-    + ("?", "-", "--", "---", "–", "—", ".", "..", "…", "inf", "-inf", "+inf", "infinity", "-infinity", "+infinity")
-    + ("1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan", "#value!", "#div/0!", "#ref!", "#num!", "#name?")
+    {
+        *("na", "n/a", "n.a.", "#n/a", "#n/a n/a", "#na", "nan", "-nan", "<na>", "null", "none", "nil"),
+        *("?", "-", "--", "---", "–", "—", ".", "..", "…", "inf", "-inf", "+inf", "infinity", "-infinity", "+infinity"),
+        *("1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan", "#value!", "#div/0!", "#ref!", "#num!", "#name?"),
+    }
 )
 _SIGN = r"[$€£¥₹₽₩₺₪₫₴₦¢฿%‰°]|(?:EUR|USD|GBP|CHF|JPY|CNY|INR|SEK|NOK|DKK|PLN|CZK|AUD|CAD|BRL)\b"
 _SHAPE = re.compile(
@@ -149,8 +151,8 @@ def _text(data: bytes, where: str, said: Said) -> str:
         place = text.index("\x00")
         line = len(re.findall(r"\r\n|\r|\n", text[:place])) + 1
         raise ValueError(
-            f"{where} is no CSV file that can be read: it has NUL bytes ({text.count(chr(0))}, the first in line {line}); "
-            "expected text, in UTF-8"
+            f"{where} is no CSV file that can be read: {text.count(chr(0))} NUL bytes, the first in line {line}; "
+            "expected text in UTF-8"
         )
     return text
 
