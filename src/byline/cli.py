@@ -245,8 +245,9 @@ def mislabels(
         frame["evidence"] = [[found_data.names[i] for i in row] for row in found.evidence.indices]
         out.mkdir(parents=True, exist_ok=True)
         frame.to_csv(out / "mislabels.csv", index=False, errors="replace")
-        options = ["--label", label] if label is not None else []
-        command = shlex.join(["byline", "mislabels", str(data), *options, "--out", str(out), "--rows", str(rows)])
+        options = ["--label", label] if label is not None else ["--size", str(size)]
+        options += ["--out", str(out), "--rows", str(rows), "--epochs", str(epochs)]
+        command = shlex.join(["byline", "mislabels", str(data), *options])
         page = suspects_page(
             found,
             out / "mislabels.html",
@@ -254,6 +255,7 @@ def mislabels(
             names=found_data.names,
             pictures=found_data.pictures,
             rows=found_data.rows,
+            notes=found_data.notes,
             command=command,
         )
     if as_json:

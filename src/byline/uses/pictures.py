@@ -79,7 +79,7 @@ def raw(opened: Any, width: int, height: int) -> Raw:
         return Raw(kind, made, float(values.min()), float(values.max()), frames, int((~finite).sum()))
     if upright.mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in upright.info:
         rgba = upright.convert("RGBA")
-        if rgba.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(rgba)[..., 3].min() < 255:
             return Raw("clear", sized(rgba), frames=frames)
         upright = rgba
     return Raw("colour", sized(upright.convert("RGB")), frames=frames)
@@ -125,7 +125,8 @@ class Form:
             return np.round(colour * alpha + np.array(ground) * (1 - alpha)).astype(np.uint8)
         own = Form.of([given])
         black, white = (self.whole or own.whole if given.kind == "whole" else self.real or own.real) or (0.0, 255.0)
-        part = np.clip((given.values.astype(np.float64) - black) / max(white - black, np.finfo(np.float32).tiny), 0, 1)
+        reach = white - black if white > black else 1.0
+        part = np.clip((given.values.astype(np.float64) - black) / reach, 0, 1)
         return np.repeat(np.round(255 * part).astype(np.uint8)[..., None], 3, -1)
 
 
