@@ -29,7 +29,7 @@ from byline.methods import TRAK
 from byline.task import Task
 from byline.training import Recipe, train_many
 from byline.uses.mislabels import Mislabels, find_mislabels
-from byline.uses.pictures import FORMATS, Form, Raw, find, raw, say
+from byline.uses.pictures import Form, Raw, find, formats, raw, say
 from byline.uses.tables import WORDS, Column, Said, column_of, quoted, read_cells, say_labels, some
 
 CHECKPOINTS = 5
@@ -198,11 +198,11 @@ def _raws(paths: list[Path], size: int) -> list[Raw]:
     """Raises ValueError that names the files that cannot be read."""
     from PIL import Image, UnidentifiedImageError
 
-    raws, wrong = [], []
+    raws, wrong, known = [], [], formats()
     for path in paths:
         try:
             # a damaged comment or an unusual palette is no news; what is lost is an error
-            with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as opened:
+            with warnings.catch_warnings(), Image.open(path, formats=known) as opened:
                 warnings.simplefilter("ignore")
                 raws.append(raw(opened, size, size))
         except UnidentifiedImageError:

@@ -16,22 +16,30 @@ import numpy as np
 
 from byline.uses.tables import Said, quoted, some
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF", "AVIF", "JPEG2000")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF", "AVIF", "JPEG2000")
 _SYSTEM = frozenset({"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "icon\r"})
 _DEEPER = "files that lie deeper than in a folder of a class"
-_CONTRAST = 64
+_CONTRAST = 48  # of 255
 # white as long as everything can be seen on it; no grey is near the last two
 _GROUNDS = np.array(
     [(255, 255, 255), (0, 0, 0), *((g, g, g) for g in (128, 192, 64)), (255, 0, 255), (0, 255, 0)], np.float64
 )
 
 
+def formats() -> list[str]:
+    """Of the files that are read: none that another program would have to draw, and what this Pillow has."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
 def endings() -> frozenset[str]:
     """Of the files that are read, with their point, in lower case."""
     from PIL import Image
 
-    known = Image.registered_extensions()  # also makes the formats known
-    return frozenset(ending for ending, name in known.items() if name in FORMATS and name in Image.OPEN)
+    read = formats()
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in read)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +53,7 @@ class Raw:
         high: The greatest.
         frames: Pictures in the file, of which this is the first.
         broken: Values that are no number, which are 0 here.
+        lying: Whether its EXIF data are damaged, so that nobody knows which side is up.
     """
 
     kind: str
@@ -53,6 +62,7 @@ class Raw:
     high: float = 0.0
     frames: int = 1
     broken: int = 0
+    lying: bool = False
 
 
 def raw(opened: Any, width: int, height: int) -> Raw:
@@ -69,20 +79,24 @@ def raw(opened: Any, width: int, height: int) -> Raw:
         return np.array(image.resize((width, height), Image.Resampling.BILINEAR))
 
     frames = int(getattr(opened, "n_frames", 1))
-    upright = ImageOps.exif_transpose(opened)
+    opened.load()
+    try:
+        upright, lying = ImageOps.exif_transpose(opened), False
+    except Exception:  # viewers show such pictures too, as they lie
+        upright, lying = opened, True
     if upright.mode == "F" or upright.mode.startswith("I"):
         kind = "real" if upright.mode == "F" else "whole"
         values = np.array(upright.convert("F"))
         finite = np.isfinite(values)
         values[~finite] = 0
         made = sized(Image.fromarray(values))
-        return Raw(kind, made, float(values.min()), float(values.max()), frames, int((~finite).sum()))
+        return Raw(kind, made, float(values.min()), float(values.max()), frames, int((~finite).sum()), lying)
     if upright.mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in upright.info:
         rgba = upright.convert("RGBA")
         if np.asarray(rgba)[..., 3].min() < 255:
-            return Raw("clear", sized(rgba), frames=frames)
+            return Raw("clear", sized(rgba), frames=frames, lying=lying)
         upright = rgba
-    return Raw("colour", sized(upright.convert("RGB")), frames=frames)
+    return Raw("colour", sized(upright.convert("RGB")), frames=frames, lying=lying)
 
 
 @dataclass(frozen=True)
@@ -178,7 +192,7 @@ def find(root: Path, said: Said) -> tuple[list[tuple[str, Path]], int]:
             said("folders without a picture that is read, which are no class", quoted(folder.name))
     for why, paths in left.items():
         if paths:
-            said(f"{len(paths)} left out, {why}", some(map(quoted, paths), 3))
+            said(f"left out, {why}", f"{len(paths)} ({some(map(quoted, paths), 3)})")
     if not files:
         deep = [path for path in left.get(_DEEPER, []) if Path(path).suffix.lower() in known]
         instead = some((f"{len(paths)} {why}" for why, paths in left.items() if paths), 5)
@@ -220,6 +234,7 @@ def say(names: Sequence[str], raws: Sequence[Raw], pictures: np.ndarray, form: F
 
     for what, chosen in (
         ("files of several pictures, of which the first is taken", [one.frames > 1 for one in raws]),
+        ("pictures whose EXIF data are damaged, taken as they lie", [one.lying for one in raws]),
         ("pictures with values that are no number, which are 0", [one.broken > 0 for one in raws]),
     ):
         if found := those(chosen):
@@ -230,7 +245,8 @@ def say(names: Sequence[str], raws: Sequence[Raw], pictures: np.ndarray, form: F
             found = those([one.kind == kind for one in raws])
             said(f"pictures of {count}, where {bits[0]:g} is black and {bits[1]:g} is white", found)
     if form.ground is not None:
-        called = "white" if form.ground == (255, 255, 255) else f"the colour {form.ground}"
+        red, green, blue = form.ground
+        called = {"255 255 255": "white", "0 0 0": "black"}.get(f"{red} {green} {blue}", f"rgb({red}, {green}, {blue})")
         said(f"transparent pictures, laid on {called}", those([one.kind == "clear" for one in raws]))
     flat = (pictures == pictures[:, :1, :1]).all((1, 2, 3))
     if found := those(flat.tolist()):

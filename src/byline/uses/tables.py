@@ -173,31 +173,36 @@ def _lines(text: str) -> io.StringIO:
     return io.StringIO(text, newline="")
 
 
-def _rows(lines: Iterable[str], separator: str, most: int | None = None) -> list[list[str]]:
+def _rows(lines: Iterable[str], separator: str, most: int | None = None, strict: bool = False) -> list[list[str]]:
     with _PARSING:  # the limit is the process's
         limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
         try:
-            reader = csv.reader(lines, delimiter=separator)
+            reader = csv.reader(lines, delimiter=separator, strict=strict)
             return [row for _, row in zip(range(most), reader, strict=False)] if most is not None else list(reader)
         finally:
             csv.field_size_limit(limit)
 
 
 def _records(text: str, separator: str, where: str) -> list[list[str]]:
-    ended = text.endswith(("\n", "\r"))
+    lines = [*_lines(text if text.endswith(("\n", "\r")) else text + "\n"), _END + "\n"]
+    loose = False
     try:
-        found = _rows([*_lines(text), *([] if ended else ["\n"]), _END + "\n"], separator)
-    except csv.Error as error:
-        raise ValueError(f"{where} is no CSV file that can be read: {error}") from None
-    if found and found[-1] == [_END]:
-        found.pop()
-        # the line end that was added closes the last row, or is a blank line of its own where the last row was closed
-        if not ended and found and not found[-1]:
-            found.pop()
-        return found
-    # what was swallowed begins in the last row
-    row = max(0, sum(1 for one in found if one) - 2)
-    raise ValueError(f"{where} is no CSV file that can be read: a quote that opens in row {row} is never closed")
+        found = _rows(lines, separator, strict=True)
+    except csv.Error:
+        loose, found = True, _rows(lines, separator)
+    written = [row for row in found if row]
+    if found[-1] != [_END]:
+        # what was swallowed begins in the last row
+        place = f"in row {len(written) - 2}" if len(written) > 1 else "in the header"
+        raise ValueError(f"{where} is no CSV file that can be read: a quote that opens {place} is never closed")
+    if loose:
+        for i, row in enumerate(written):
+            if any("\n" in cell or "\r" in cell for cell in row):
+                raise ValueError(
+                    f"{where} is no CSV file that can be read: quotes open or close inside of cells, and "
+                    f"{f'row {i - 1}' if i else 'the header'} may be several rows: {quoted(row, 100)}"
+                )
+    return found[:-1]
 
 
 def _names(header: Sequence[str], said: Said) -> list[str]:
@@ -260,6 +265,8 @@ _WAYS = (
     Numbers(",", "'’"),
 )
 _PATTERNS = {way: way.pattern() for way in _WAYS}
+_BARE = re.compile(rf"\s*[-+]?(?:{_PATTERNS[PLAIN].pattern})\s*")
+_POINTED = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{3}")
 
 
 def _shape(cell: str) -> tuple[float, str, str] | None:
@@ -347,50 +354,56 @@ def column_of(name: str, cells: Sequence[str], comma: bool, said: Said) -> tuple
     Raises:
         ValueError: A number so large that none of 32 bits stands for it.
     """
-    shown = quoted(name)
-    missing = np.array([is_missing(cell) for cell in cells], dtype=bool)
-    if missing.all() and not any(cell.strip() for cell in cells):
+    shown, times = quoted(name), Counter(cells)
+    if not any(cell.strip() for cell in times):
         said("columns left out, as they have no cell filled", shown)
         return None
-    numbers = _numbers(shown, cells, missing, comma, said)
+    numbers = _numbers(shown, times, comma, said)
     if numbers is None:
         return _words(name, cells, said)
-    values, way, unit = numbers
+    value_of, way, unit = numbers
+    values = np.array([value_of.get(cell, math.nan) for cell in cells], np.float64)
     if np.isinf(values).any():
         raise ValueError(f"column {shown} has a number that is too large to be learnt from")
     gaps = np.isnan(values)
     if gaps.any():
-        place = int(gaps.argmax())
         unusual = [f"{quoted(cell, 20)} in row {i}" for i, cell in enumerate(cells) if gaps[i] and cell.strip()]
-        first = some(unusual, 3) if unusual else f"the first in row {place}"
-        said("cells that are missing or no number, which take the column's median", f"{shown} ({gaps.sum()}: {first})")
+        which = some(unusual, 3) if unusual else f"blank, the first in row {gaps.argmax()}"
+        said("cells that are missing or no number, which take the column's median", f"{shown} ({gaps.sum()}: {which})")
     median = float(np.nanmedian(values))
     filled = np.where(gaps, median, values)
+    constant = bool((filled == filled[0]).all())
     with np.errstate(over="ignore", invalid="ignore"):
-        std = float(filled.std())
-        # rounding of a constant is no spread
-        std = std if std > 1e-12 * float(np.abs(filled).max()) else 1.0
-        column = Column(name, median, float(filled.mean()), std, way=way, unit=unit)
-    if (filled == filled[0]).all():
+        # rounding of a mean would be a constant's spread
+        mean, std = (filled[0], 1.0) if constant else (filled.mean(), filled.std() or 1.0)
+    column = Column(name, median, float(mean), float(std), way=way, unit=unit)
+    if constant:
         said("columns of one value, which tell nothing", shown)
     elif len(filled) > 2 and not gaps.any() and (np.diff(filled) == 1).all():
         said("columns that count the rows, learnt from as numbers (take them out if the order says nothing)", shown)
     return column, column.encode(values)
 
 
-def _numbers(
-    shown: str, cells: Sequence[str], missing: np.ndarray, comma: bool, said: Said
-) -> tuple[np.ndarray, Numbers, str] | None:
-    """A column's numbers with NaN for what is none, how they are written, and their unit; None for one of words."""
-    present = [cell for cell, none in zip(cells, missing, strict=True) if not none]
+def _numbers(shown: str, times: Counter[str], comma: bool, said: Said) -> tuple[dict[str, float], Numbers, str] | None:
+    """What a column's cells are as numbers, how they are written, and their unit; None for a column of words.
+
+    Args:
+        shown: The column's name.
+        times: How often each cell is there.
+        comma: Whether commas separate the file's columns.
+        said: Told.
+    """
+    present = {cell: count for cell, count in times.items() if not is_missing(cell)}
     if not present:
         return None
-    shapes = {cell: _shape(cell) for cell in set(present)}
-    times = Counter(present)
+    if all(map(_BARE.fullmatch, present)):
+        _say_numbers(shown, [cell.strip().lstrip("+-") for cell in present], PLAIN, "", comma, said)
+        return {cell: float(cell) for cell in present}, PLAIN, ""
+    shapes = {cell: _shape(cell) for cell in present}
     units = Counter[str]()
     for cell, shape in shapes.items():
         if shape is not None:
-            units[shape[2]] += times[cell]
+            units[shape[2]] += present[cell]
     if not units:
         return None
     unit = max(units, key=lambda one: (units[one], one))
@@ -400,59 +413,53 @@ def _numbers(
     unit = money[0] if len(allowed) == 2 else unit
     cores = {cell: shape for cell, shape in shapes.items() if shape is not None and shape[2] in allowed}
     fits = {way: {c for c, shape in cores.items() if _PATTERNS[way].fullmatch(shape[1])} for way in _WAYS}
-    counts = {way: sum(times[cell] for cell in fitting) for way, fitting in fits.items()}
+    counts = {way: sum(present[cell] for cell in fitting) for way, fitting in fits.items()}
     way = max(_WAYS, key=lambda one: counts[one])
+    good = fits[way]
     if way is _THOUSANDS and counts[way] == counts[_COMMAS] and not comma:
-        example = next(cell for cell in fits[way] if "," in cell)
+        example = min(cell for cell in good if "," in cell)
         said("columns of words, as commas may be decimal or stand between thousands", f"{shown} ({quoted(example)})")
         return None
-    good = fits[way]
-    values_of = {cell: cores[cell][0] * way.value(cores[cell][1]) for cell in good}
-    distinct = len(set(values_of.values()))
-    share = counts[way] / len(present)
-    if share < 1 and (share < 1 - _ODD or distinct <= _DISTINCT):
+    value_of = {cell: cores[cell][0] * way.value(cores[cell][1]) for cell in good}
+    share = counts[way] / sum(present.values())
+    if share < 1 and (share < 1 - _ODD or len(set(value_of.values())) <= _DISTINCT):
         odd = next(cell for cell in present if cell not in good)
-        if share >= 0.5:
+        if len(units) > 1 and shapes[odd] is not None:
+            beside = some(map(repr, units), 3)
+            said("columns of words, as what stands beside their numbers differs", f"{shown} ({beside})")
+        elif share >= 0.5:
             said("columns of words, though most cells are numbers", f"{shown} (for cells such as {quoted(odd)})")
         return None
-    _say_numbers(shown, cores, good, way, unit, comma, said)
-    return np.array([values_of.get(cell, math.nan) for cell in cells], np.float64), way, unit
+    _say_numbers(shown, [cores[cell][1] for cell in present if cell in good], way, unit, comma, said)
+    return value_of, way, unit
 
 
-def _say_numbers(
-    shown: str,
-    cores: dict[str, tuple[float, str, str]],
-    good: set[str],
-    way: Numbers,
-    unit: str,
-    comma: bool,
-    said: Said,
-) -> None:
-    texts = sorted(cores[cell][1] for cell in good)
+def _say_numbers(shown: str, cores: Sequence[str], way: Numbers, unit: str, comma: bool, said: Said) -> None:
     if unit:
         said("signs beside numbers that are taken off", f"{quoted(unit)} in {shown}")
-    if way.groups and any(mark in text for text in texts for mark in way.groups):
-        mark = next(mark for text in texts for mark in way.groups if mark in text)
-        said("columns in which a sign stands between thousands", f"{quoted(mark)} in {shown}")
-    if way.decimal == "," and any("," in text for text in texts):
+    if marks := {mark for mark in way.groups if any(mark in core for core in cores)}:
+        said("columns in which a sign stands between thousands", f"{some(map(quoted, sorted(marks)))} in {shown}")
+    if way.decimal == "," and any("," in core for core in cores):
         said("columns of decimal commas", shown)
-    pointed = [text for text in texts if "." in text]
-    if way is PLAIN and not comma and pointed and all(re.fullmatch(r"[1-9]\d{0,2}\.\d{3}", text) for text in pointed):
+    pointed = [core for core in cores if "." in core]
+    if way is PLAIN and not comma and pointed and all(map(_POINTED.fullmatch, pointed)):
         said("columns whose points are read as decimal, not as between thousands", f"{shown} ({quoted(pointed[0])})")
-    zeros = [text for text in texts if re.match("0[0-9]", text)]
-    if zeros:
-        said("columns of digits with leading zeros, which are read as numbers", f"{shown} ({quoted(zeros[0])})")
+    zeros = next((core for core in cores if core[0] == "0" and core[1:2].isdigit()), None)
+    if zeros is not None:
+        said("columns of digits with leading zeros, which are read as numbers", f"{shown} ({quoted(zeros)})")
 
 
 def _words(name: str, cells: Sequence[str], said: Said) -> tuple[Column, np.ndarray] | None:
     shown, text = quoted(name), [cell if cell.strip() else "" for cell in cells]
     values = tuple(sorted(set(text)))
     words = [value for value in values if value]
+    dates = np.mean([_DATE.fullmatch(value.strip()) is not None for value in words]) > 0.9
     if len(values) > WORDS:
-        dates = np.mean([_DATE.fullmatch(value.strip()) is not None for value in words]) > 0.9
         kind = f"columns left out, as they have more than {WORDS} different {'dates or times' if dates else 'words'}"
         said(kind, f"{shown} ({len(words)}, such as {quoted(words[0], 20)})")
         return None
+    if dates:
+        said("columns of dates or times, taken as words", f"{shown} ({len(words)}, such as {quoted(words[0], 20)})")
     marks = [value for value in words if is_missing(value)]
     if marks:
         said("cells that may stand for nothing, taken as words", f"{some(map(quoted, marks), 3)} in {shown}")
