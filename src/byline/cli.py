@@ -239,7 +239,8 @@ def mislabels(
             console.print(escape(f"- {note}"), highlight=False, soft_wrap=True)
         console.print(f"{escape(found_data.what)}: training a small model for {epochs} epochs", highlight=False)
         found = own.look_for_mislabels(found_data, rows=rows, epochs=epochs)
-        out = Path("runs/mislabels") / data.resolve().stem if out is None else out
+        whole = data.resolve()
+        out = Path("runs/mislabels") / (whole.name if whole.is_dir() else whole.stem) if out is None else out
         frame = found.to_dataframe()
         frame.insert(1, "name", [found_data.names[i] for i in found.index])
         frame["evidence"] = [[found_data.names[i] for i in row] for row in found.evidence.indices]

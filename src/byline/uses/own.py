@@ -258,6 +258,12 @@ def read_table(path: str | Path, label: str) -> OwnData:
     said = Said()
     frame = read_cells(source.read_bytes(), str(source), [label], said)
     label = _label_column(frame, label, str(source))
+    end = len(frame)
+    while end and not any(cell.strip() for cell in frame.iloc[end - 1]):
+        end -= 1
+    if end < len(frame):
+        said("rows at the end that have no cell filled, left out", str(len(frame) - end))
+        frame = frame.iloc[:end]
     if not len(frame):
         raise ValueError(f"{source} has a header and no rows below it; expected rows with a {quoted(label)}")
     given = frame[label].tolist()

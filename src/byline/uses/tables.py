@@ -115,12 +115,6 @@ def read_cells(data: bytes, where: str, wanted: Collection[str], said: Said) -> 
             f"{where}: row {i} (the first below the header is row 0) has {len(rows[i])} cells and the header "
             f"{len(header)}; rows of another length: {len(unequal)}. Expected as many cells in each row"
         )
-    empty = 0
-    while rows and not any(cell.strip() for cell in rows[-1]):
-        rows.pop()
-        empty += 1
-    if empty:
-        said("rows at the end that have no cell filled, left out", str(empty))
     names = _names(header, said)
     frame = pd.DataFrame(rows, columns=pd.Index(names, dtype=object), dtype=object)
     frame.attrs = {"separator": separator, "renamed": list(zip(header, names, strict=True))}
@@ -158,12 +152,16 @@ def _text(data: bytes, where: str, said: Said) -> str:
 
 
 def _separator(text: str, wanted: Collection[str]) -> str:
-    """The separator whose header has the most of the wanted columns, then the most columns; a comma before others."""
-    start = text.lstrip()
+    """The separator that makes the most of the wanted columns, rows as long as the header, and the most columns.
 
-    def worth(separator: str) -> tuple[int, int]:
-        header = next(iter(_rows(_lines(start), separator, 1)), [])
-        return len({cell.strip() for cell in header} & {name.strip() for name in wanted}), len(header)
+    A comma comes before the others.
+    """
+
+    def worth(separator: str) -> tuple[int, bool, int, int]:
+        rows = [row for row in _rows(_lines(text), separator, 50) if any(cell.strip() for cell in row)]
+        header = rows[0] if rows else []
+        found = {cell.strip() for cell in header} & {name.strip() for name in wanted}
+        return len(found), len(header) > 1, sum(len(row) == len(header) for row in rows), len(header)
 
     return max(SEPARATORS, key=worth)
 
