@@ -201,13 +201,14 @@ def _raws(paths: list[Path], size: int) -> list[Raw]:
     raws, wrong, known = [], [], formats()
     for path in paths:
         try:
+            # as bytes: of a TIFF file that Pillow maps into memory it loses which side is up
+            content = io.BytesIO(path.read_bytes())
             # a damaged comment or an unusual palette is no news; what is lost is an error
-            with warnings.catch_warnings(), Image.open(path, formats=known) as opened:
+            with warnings.catch_warnings(), Image.open(content, formats=known) as opened:
                 warnings.simplefilter("ignore")
                 raws.append(raw(opened, size, size))
         except UnidentifiedImageError:
-            empty = path.stat().st_size == 0
-            wrong.append((path, "the file is empty" if empty else "no format that is known"))
+            wrong.append((path, "no format that is known" if content.getbuffer().nbytes else "the file is empty"))
         except Exception as error:  # of damaged files Pillow raises whatever its formats happen to
             wrong.append((path, str(error) or type(error).__name__))
     if wrong:

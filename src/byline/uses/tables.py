@@ -99,7 +99,9 @@ def read_cells(data: bytes, where: str, wanted: Collection[str], said: Said) -> 
     else:
         separator = _separator(text, wanted)
     lines = _records(text, separator, where)
-    blank = [not row or (len(row) == 1 and row[0] != "" and not row[0].strip()) for row in lines]
+    # in a line of nothing but spaces of a file of several columns there is no row
+    several = any(len(row) > 1 for row in lines[:50])
+    blank = [not row or (several and len(row) == 1 and row[0] != "" and not row[0].strip()) for row in lines]
     filled = [row for row, nothing in zip(lines, blank, strict=True) if not nothing]
     if not filled:
         raise ValueError(f"{where} is no CSV file that can be read: it is empty")
@@ -327,7 +329,9 @@ class Column:
         if value not in self.values and is_missing(value):
             value = ""
         if value and value not in self.values:
-            there = f"which no row of the table has; there are {some([one for one in self.values if one], 10)}"
+            there = (
+                f"which no row of the table has; there are {some((quoted(one, 20) for one in self.values if one), 10)}"
+            )
             raise ValueError(f"column {quoted(self.name)} has {quoted(given)}, {there}")
         return self.encode([value])
 
