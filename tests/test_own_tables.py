@@ -82,7 +82,8 @@ def test_a_column_of_numbers_stays_one(tmp_path, written, separator, odd):
         (["2024-01-01", "2024-01-02"] * 30, "columns of dates or times, taken as words: 'x' (2"),
         ([""] * 60, "left out, as they have no cell filled: 'x'"),
         (["7"] * 60, "columns of one value, which tell nothing: 'x'"),
-        ([str(i) for i in range(60)], "count the rows, learnt from as numbers (take them out"),
+        ([str(i) for i in range(60)], "count or name the rows, learnt from as numbers (take them out"),
+        ([f"name {i}" for i in range(40)], "columns of words that are others in every row, a value each: 'x'"),
         ([f"{i * 997:05}" for i in range(60)], "leading zeros, which are read as numbers: 'x' ('00000')"),
         (["NA", "DE", "FR"] * 20, "may stand for nothing, taken as words: 'NA' in 'x'"),
         (["", "DE", "FR"] * 20, "blank cells of columns of words, a value of its own: 'x' (20)"),
@@ -188,6 +189,13 @@ def test_columns_of_one_name_are_called_as_pandas_calls_them(tmp_path):
     assert list(data.rows.columns) == list(pd.read_csv(path).drop(columns="y").columns)
     assert any("same name" in note and "'a': 'a.2'" in note for note in data.notes)
     assert any("without a name" in note and "'Unnamed: 2'" in note for note in data.notes)
+
+
+def test_numbers_that_name_the_rows_are_said(tmp_path):
+    for name, said in (("customerID", True), ("id", True), ("order no", True), ("humid", False), ("casino", False)):
+        cells = [str(i * i * 7919 % 100_003) for i in range(40)]
+        notes = read_table(table(tmp_path, cells, name=name), "y").notes
+        assert any("count or name the rows" in note for note in notes) is said, name
 
 
 def test_a_separator_in_a_name_is_none(tmp_path):

@@ -93,7 +93,7 @@ def read_cells(data: bytes, where: str, wanted: Collection[str], said: Said) -> 
     text = _text(data, where, said)
     if not text.strip():
         raise ValueError(f"{where} is no CSV file that can be read: it is empty")
-    given = re.match(r"\s*sep=(.)[ \t]*(?:\r\n|\r|\n)", text)
+    given = re.match(r"\s*sep=([,;\t|])[ \t]*(?:\r\n|\r|\n)", text)
     if given:
         text, separator = text[given.end() :], given[1]
     else:
@@ -265,6 +265,7 @@ _WAYS = (
     Numbers(",", "'’"),
 )
 _PATTERNS = {way: way.pattern() for way in _WAYS}
+_KEY = re.compile(r"(?i:(?:^|[^a-z])(?:ids?|key|index|uuid|guid|nr|no|number))$|[a-z](?:Id|ID|Key|No|Nr|Number)$")
 _BARE = re.compile(rf"\s*[-+]?(?:{_PATTERNS[PLAIN].pattern})\s*")
 _POINTED = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{3}")
 
@@ -381,8 +382,9 @@ def column_of(name: str, cells: Sequence[str], comma: bool, said: Said) -> tuple
     column = Column(name, median, float(mean), float(std), way=way, unit=unit)
     if constant:
         said("columns of one value, which tell nothing", shown)
-    elif len(filled) > 2 and not gaps.any() and (np.diff(filled) == 1).all():
-        said("columns that count the rows, learnt from as numbers (take them out if the order says nothing)", shown)
+    whole = len(filled) > 2 and len(times) == len(filled) and not gaps.any() and (filled == np.round(filled)).all()
+    if whole and ((np.diff(filled) == 1).all() or _KEY.search(name.strip())):
+        said("columns that count or name the rows, learnt from as numbers (take them out if they say nothing)", shown)
     return column, column.encode(values)
 
 
@@ -469,6 +471,8 @@ def _words(name: str, cells: Sequence[str], said: Said) -> tuple[Column, np.ndar
         said("blank cells of columns of words, a value of its own", f"{shown} ({text.count('')})")
     if len(values) == 1:
         said("columns of one value, which tell nothing", shown)
+    if len(values) == len(text):
+        said("columns of words that are others in every row, a value each", shown)
     _say_alike(words, f" in {shown}", "words", said)
     column = Column(name, values=values)
     return column, column.encode(text)
