@@ -235,16 +235,20 @@ def mislabels(
     console = Console(stderr=True)
     with _one_sentence():
         found_data = own.read(data, label, size)
+        for note in found_data.notes:
+            console.print(escape(f"- {note}"), highlight=False, soft_wrap=True)
         console.print(f"{escape(found_data.what)}: training a small model for {epochs} epochs", highlight=False)
         found = own.look_for_mislabels(found_data, rows=rows, epochs=epochs)
-        out = Path("runs/mislabels") / data.resolve().stem if out is None else out
+        whole = data.resolve()
+        out = Path("runs/mislabels") / (whole.name if whole.is_dir() else whole.stem) if out is None else out
         frame = found.to_dataframe()
         frame.insert(1, "name", [found_data.names[i] for i in found.index])
         frame["evidence"] = [[found_data.names[i] for i in row] for row in found.evidence.indices]
         out.mkdir(parents=True, exist_ok=True)
         frame.to_csv(out / "mislabels.csv", index=False, errors="replace")
-        options = ["--label", label] if label is not None else []
-        command = shlex.join(["byline", "mislabels", str(data), *options, "--out", str(out), "--rows", str(rows)])
+        options = ["--label", label] if label is not None else ["--size", str(size)]
+        options += ["--out", str(out), "--rows", str(rows), "--epochs", str(epochs)]
+        command = shlex.join(["byline", "mislabels", str(data), *options])
         page = suspects_page(
             found,
             out / "mislabels.html",
@@ -252,6 +256,7 @@ def mislabels(
             names=found_data.names,
             pictures=found_data.pictures,
             rows=found_data.rows,
+            notes=found_data.notes,
             command=command,
         )
     if as_json:

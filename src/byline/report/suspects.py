@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ def suspects_page(
     names: Any = None,
     pictures: Any = None,
     rows: Any = None,
+    notes: Sequence[str] = (),
     command: str = "",
 ) -> Any:
     """Writes the page as one HTML file and returns its path.
@@ -32,6 +34,7 @@ def suspects_page(
         names: (n_train,) what examples are called; their places when left out.
         pictures: (n_train, H, W) or (n_train, H, W, 3), where they are pictures.
         rows: A table of text (n_train rows), where they are rows.
+        notes: What else is to be known of the data, a sentence each.
         command: What makes the page again.
     """
 
@@ -75,6 +78,7 @@ def suspects_page(
         "notes": [
             f"Ranked by {found.source}.",
             "A rank is a hint, not a verdict: rare and hard examples with right labels rank high too.",
+            *notes,
         ],
         "command": command,
         "environment": {},

@@ -110,6 +110,8 @@ def of_files(data: str | os.PathLike[str], label: str | None, folder: str | os.P
     found = own.read(Path(data), label)
     assert found.encode is not None, "what is read from files can be brought as a file"
     encode = found.encode
+    for note in found.notes:
+        _log.info("of the files: %s", note)
     order = np.random.default_rng(0).permutation(len(found.labels))
     held = max(1, len(order) // 5)
     test, train = np.sort(order[:held]), np.sort(order[held:])

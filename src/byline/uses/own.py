@@ -5,8 +5,9 @@ For who has data and no model yet. Whoever has a model gives it to `byline.uses.
 
 from __future__ import annotations
 
-import csv
 import io
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +29,9 @@ from byline.methods import TRAK
 from byline.task import Task
 from byline.training import Recipe, train_many
 from byline.uses.mislabels import Mislabels, find_mislabels
+from byline.uses.pictures import Form, Raw, find, formats, raw, say
+from byline.uses.tables import WORDS, Column, Said, column_of, quoted, read_cells, say_labels, some
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 CHECKPOINTS = 5
 _LEAST = 2  # examples of a class
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -48,6 +50,7 @@ class OwnData:
         pictures: (n, H, W, 3) uint8, where the examples are pictures.
         rows: The table's columns but the label, as text, where the examples are rows.
         what: In words.
+        notes: What was left out of the files, or taken for something else than it looks like, a sentence each.
         encode: Makes the input (...) of a further example of the bytes of its file: a picture, or a CSV file of one
             row with the table's header. Raises ValueError for what it refuses.
     """
@@ -59,6 +62,7 @@ class OwnData:
     what: str
     pictures: np.ndarray | None = field(default=None, repr=False)
     rows: Any = field(default=None, repr=False)
+    notes: list[str] = field(default_factory=list, repr=False)
     encode: Callable[[bytes], Tensor] | None = field(default=None, repr=False)
 
     def dataset(self) -> TensorDataset:
@@ -101,18 +105,23 @@ def read(data: str | Path, label: str | None = None, size: int = 32) -> OwnData:
             raise ValueError("--label is for CSV files; the classes of a folder are the folders in it")
         return read_images(data, size)
     if label is None:
-        raise ValueError(f"{data} is no folder; for a CSV file, name the column of labels with --label")
+        problem = f"{data} is no folder; for a CSV file, name the column of labels with --label"
+        if not Path(data).is_file():
+            raise ValueError(f"{problem} (there is no such file either)")
+        columns = read_cells(Path(data).read_bytes(), str(data), (), Said()).columns
+        raise ValueError(f"{problem}; there are {some(map(quoted, columns))}")
     return read_table(data, label)
 
 
-def picture(data: bytes, height: int, width: int, mode: str = "RGB") -> np.ndarray:
-    """A picture of the bytes of its file, (H, W, 3) or (H, W) uint8.
+def picture(data: bytes, height: int, width: int, mode: str = "RGB", form: Form | None = None) -> np.ndarray:
+    """A picture of the bytes of its file, (H, W, 3) or (H, W) uint8: the first in it, upright.
 
     Args:
         data: PNG, JPEG, WebP, GIF or BMP.
         height: That it is brought to.
         width: Likewise.
         mode: "RGB", or "L" for grey.
+        form: How more than 8 bits and transparency become colours; chosen for this picture when left out.
 
     Raises:
         ValueError: No picture, another format, or one of more than 12 million pixels.
@@ -123,17 +132,25 @@ def picture(data: bytes, height: int, width: int, mode: str = "RGB") -> np.ndarr
 
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
-            if opened.width * opened.height > _PIXELS:
-                raise ValueError(f"the picture has {opened.width} × {opened.height} pixels; expected at most {_PIXELS}")
-            return np.array(opened.convert(mode).resize((width, height), Image.Resampling.BILINEAR))
+            pixels = opened.width * opened.height
+            if pixels <= _PIXELS:
+                found = raw(opened, width, height)
     except (UnidentifiedImageError, Image.DecompressionBombError):
         raise ValueError("the file is no picture that can be read; expected PNG, JPEG, WebP, GIF or BMP") from None
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"the picture is damaged: {error}") from None
+    except Exception as error:  # of damaged files Pillow raises whatever its formats happen to
+        raise ValueError(f"the picture is damaged: {error or type(error).__name__}") from None
+    if pixels > _PIXELS:
+        raise ValueError(f"the picture has {opened.width} × {opened.height} pixels; expected at most {_PIXELS}")
+    made = (form or Form()).eight(found)
+    return made if mode == "RGB" else np.array(Image.fromarray(made).convert(mode))
 
 
 def read_images(folder: str | Path, size: int = 32) -> OwnData:
     """Pictures sorted into a folder for each class, at one size.
+
+    Photos are turned as their EXIF data say, of files of several pictures the first is taken, transparent ones are laid
+    on a ground that all of them stand out from, and more than 8 bits become 8 in one way for the whole folder.
+    Hidden files, other endings and pictures that lie deeper are left out; `OwnData.notes` says which.
 
     Args:
         folder: Holds a folder a class, and in each its pictures.
@@ -141,163 +158,77 @@ def read_images(folder: str | Path, size: int = 32) -> OwnData:
 
     Raises:
         FileNotFoundError: No such folder.
-        ValueError: Fewer than two classes, or a file that is no picture; names it.
+        ValueError: Fewer than two classes, or files that are no pictures; names them.
         ModuleNotFoundError: Pillow is not installed.
     """
     installed("PIL", "images", "reading pictures")
-    from PIL import Image, UnidentifiedImageError
-
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"no folder at {root}")
     if not isinstance(size, int) or isinstance(size, bool) or not 8 <= size <= 256:
         raise ValueError(f"size is {size!r}; expected an int from 8 to 256")
-    files = [(path.parent.name, path) for path in sorted(root.glob("*/*")) if path.suffix.lower() in SUFFIXES]
-    if not files:
-        raise ValueError(f"{root} has no pictures in folders below it; expected {root}/CLASS/PICTURE.png and the like")
-    pictures = np.empty((len(files), size, size, 3), np.uint8)
-    for place, (_, path) in enumerate(files):
-        try:
-            with Image.open(path) as opened:
-                pictures[place] = np.asarray(opened.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} is no picture that can be read: {error}") from None
-    given = np.array([name for name, _ in files])
-    labels, classes = _classes(given, str(root))
+    said = Said()
+    files, left = find(root, said)
+    raws = _raws([path for _, path in files], size)
+    form = Form.of(raws)
+    pictures = np.stack([form.eight(one) for one in raws])
+    names = [str(path.relative_to(root)) for _, path in files]
+    say(names, raws, pictures, form, said)
+    labels, classes = _classes(np.array([name for name, _ in files]), str(root))
     inputs = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
     spread, middle = inputs.std((0, 2, 3), keepdim=True).clamp_min(1), inputs.mean((0, 2, 3), keepdim=True)
 
     def encode(data: bytes) -> Tensor:
-        values = torch.from_numpy(picture(data, size, size)).permute(2, 0, 1).float()
+        values = torch.from_numpy(picture(data, size, size, form=form)).permute(2, 0, 1).float()
         return ((values - middle) / spread)[0]
 
     return OwnData(
         (inputs - middle) / spread,
         labels,
         classes,
-        [str(path.relative_to(root)) for _, path in files],
-        f"{len(files)} pictures in {len(classes)} folders of {root}",
+        names,
+        f"{len(files)} pictures in {len(classes)} folders of {root}" + (f" ({left} files left out)" if left else ""),
         pictures=pictures,
+        notes=said.lines(),
         encode=encode,
     )
 
 
-@dataclass(frozen=True)
-class _Column:
-    """How a column of a table becomes numbers: standardised, or one column a value."""
+def _raws(paths: list[Path], size: int) -> list[Raw]:
+    """Raises ValueError that names the files that cannot be read."""
+    from PIL import Image, UnidentifiedImageError
 
-    name: str
-    median: float = 0.0
-    mean: float = 0.0
-    std: float = 1.0
-    values: tuple[str, ...] | None = None
-    commas: bool = False  # of decimals
-
-    def encode(self, column: Any) -> np.ndarray:
-        """(n, ...) float64 of a column of n values.
-
-        Raises:
-            ValueError: A number so large that none of 32 bits stands for it.
-        """
-        if self.values is not None:
-            text = column.astype(object).where(column.notna(), "missing").astype(str).to_numpy()
-            return (text[:, None] == np.array(self.values, dtype=object)).astype(np.float64)
-        numbers = np.array(column.to_numpy(np.float64, na_value=np.nan))
-        numbers[~np.isfinite(numbers)] = np.nan
-        with np.errstate(over="ignore", invalid="ignore"):
-            made = (np.where(np.isnan(numbers), self.median, numbers) - self.mean) / self.std
-            if not np.isfinite(made.astype(np.float32)).all() or not np.isfinite(self.std):
-                raise ValueError(f"column {self.name!r} has a number that is too large to be learnt from")
-        return made[:, None]
-
-    def one(self, given: str) -> np.ndarray:
-        """(1, ...) of one value as text; nothing is a missing one.
-
-        Raises:
-            ValueError: No number, or a value that no row of the table has.
-        """
-        import pandas as pd
-
-        if self.values is None:
-            try:
-                text = given.replace(",", ".", 1) if self.commas else given
-                number = float(text) if text.strip() else np.nan
-            except ValueError:
-                raise ValueError(f"column {self.name!r} has {given[:50]!r}; expected a number") from None
-            return self.encode(pd.Series([number]))
-        value = given if given.strip() else "missing"
-        if given.strip() and value not in self.values:
-            there = f"which no row of the table has; there are {', '.join(self.values[:10])}"
-            raise ValueError(f"column {self.name!r} has {given[:50]!r}, {there}")
-        return self.encode(pd.Series([value]))
+    raws, wrong, known = [], [], formats()
+    for path in paths:
+        try:
+            # as bytes: of a TIFF file that Pillow maps into memory it loses which side is up
+            content = io.BytesIO(path.read_bytes())
+            # a damaged comment or an unusual palette is no news; what is lost is an error
+            with warnings.catch_warnings(), Image.open(content, formats=known) as opened:
+                warnings.simplefilter("ignore")
+                raws.append(raw(opened, size, size))
+        except UnidentifiedImageError:
+            wrong.append((path, "no format that is known" if content.getbuffer().nbytes else "the file is empty"))
+        except Exception as error:  # of damaged files Pillow raises whatever its formats happen to
+            wrong.append((path, str(error) or type(error).__name__))
+    if wrong:
+        path, why = wrong[0]
+        others = f"; nor are {some((other for other, _ in wrong[1:]), 5)}" if len(wrong) > 1 else ""
+        raise ValueError(f"{path} is no picture that can be read: {why}{others}")
+    return raws
 
 
-def _column_of(column: Any, name: str, commas: bool = False) -> _Column | None:
-    """How a column is encoded; None for one that cannot be learnt from."""
-    import pandas as pd
-
-    if pd.api.types.is_bool_dtype(column) or not pd.api.types.is_numeric_dtype(column):
-        if column.nunique() > 50:
-            return None
-        text = column.astype(object).where(column.notna(), "missing").astype(str)
-        return _Column(name, values=tuple(sorted(set(text))))
-    numbers = np.array(column.to_numpy(np.float64, na_value=np.nan))
-    numbers[~np.isfinite(numbers)] = np.nan
-    if np.isnan(numbers).all():
-        return None
-    median = float(np.nanmedian(numbers))
-    filled = np.where(np.isnan(numbers), median, numbers)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return _Column(name, median, float(filled.mean()), float(filled.std()) or 1.0, commas=commas)
-
-
-def _frame(source: Callable[[], Any], where: str, **options: Any) -> Any:
-    """What `pandas.read_csv` makes of a file, by the separator that it has; a fresh handle for each reading.
-
-    Raises:
-        ValueError: It is no CSV file.
-    """
-    import pandas as pd
-
-    try:
-        return pd.read_csv(source(), sep=_separator(source()), **options)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where} is no CSV file that can be read: {error}") from None
-
-
-def _separator(source: Any) -> str:
-    """What separates the columns: a comma, or where the header has none between two of them a semicolon or a tab."""
-    with open(source, "rb") if isinstance(source, Path) else source as file:
-        header = file.readline().decode("utf-8-sig", "replace")
-    for separator in (",", ";", "\t"):
-        if len(next(csv.reader([header], delimiter=separator), [])) > 1:
-            return separator
-    return ","
-
-
-def _with_points(column: Any) -> Any | None:
-    """A column of words that are numbers with decimal commas as numbers; None for any other.
-
-    Commas before groups of three digits alone may stand for thousands, and stay words.
-    """
-    text = column.dropna().astype(str).str.strip()
-    numbers = len(text) and text.str.fullmatch(r"[+-]?\d+(,\d+)?").all()
-    if not numbers or not text.str.contains(r",(?!\d{3}$)").any():
-        return None
-    return text.str.replace(",", ".").astype(float).reindex(column.index)
-
-
-def _row_encoder(columns: list[_Column], others: list[str]) -> Callable[[bytes], Tensor]:
+def _row_encoder(columns: list[Column], others: list[str]) -> Callable[[bytes], Tensor]:
     """Reads a CSV file of one row with the table's header; columns that are not learnt from may be left out."""
 
     def encode(data: bytes) -> Tensor:
-        # what pandas takes for missing in the table ("NA", "null", …) is missing here too
-        frame = _frame(lambda: io.BytesIO(data), "the file", dtype=str).fillna("")
+        frame = read_cells(data, "the file", [column.name for column in columns], Said())
         if len(frame) != 1:
             raise ValueError(f"the file has {len(frame)} rows below its header; expected one")
         missing = [column.name for column in columns if column.name not in frame.columns]
         if missing:
-            raise ValueError(f"the file has no column {missing[0]!r}; expected a header with {', '.join(others)}")
+            expected = some(map(quoted, others))
+            raise ValueError(f"the file has no column {quoted(missing[0])}; expected a header with {expected}")
         parts = [column.one(str(frame[column.name].iloc[0])) for column in columns]
         return torch.from_numpy(np.concatenate(parts, 1).astype(np.float32))[0]
 
@@ -305,10 +236,11 @@ def _row_encoder(columns: list[_Column], others: list[str]) -> Callable[[bytes],
 
 
 def read_table(path: str | Path, label: str) -> OwnData:
-    """Rows of a CSV file with a header, separated by commas, semicolons or tabs.
+    """Rows of a CSV file with a header, separated by commas, semicolons, tabs or bars.
 
-    Numbers are standardised, missing ones take the median; a decimal comma is one where semicolons or tabs separate.
-    Other columns become one column per value, up to 50 values.
+    Numbers are standardised, missing ones take the median; decimal commas, signs between thousands, percent signs and
+    currencies are read. Other columns become one column per value, up to 50 values. Labels are words as they are in the
+    file: "1" and "01" are two. `OwnData.notes` says which columns were left out, and what was filled or guessed.
 
     Args:
         path: The file.
@@ -319,44 +251,67 @@ def read_table(path: str | Path, label: str) -> OwnData:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: No such column, missing labels, fewer than two classes, or no columns to learn from.
+        ValueError: No table, no such column, missing labels, fewer than two classes, or no columns to learn from.
     """
-    import pandas as pd
-
     source = Path(path)
     if not source.is_file():
         raise FileNotFoundError(f"no file at {source}")
-    frame = _frame(lambda: source, str(source))
-    if label not in frame.columns:
-        raise ValueError(f"{source} has no column {label!r}; there are {', '.join(map(str, frame.columns))}")
-    missing = frame[label].isna()
-    if missing.any():
-        raise ValueError(
-            f"{source}: row {int(missing.to_numpy().argmax())} has no {label} ({int(missing.sum())} in all)"
-        )
-    labels, classes = _classes(frame[label].astype(str).to_numpy(), str(source))
+    said = Said()
+    frame = read_cells(source.read_bytes(), str(source), [label], said)
+    label = _label_column(frame, label, str(source))
+    end = len(frame)
+    while end and not any(cell.strip() for cell in frame.iloc[end - 1]):
+        end -= 1
+    if end < len(frame):
+        said("rows at the end that have no cell filled, left out", str(len(frame) - end))
+        frame = frame.iloc[:end]
+    if not len(frame):
+        raise ValueError(f"{source} has a header and no rows below it; expected rows with a {quoted(label)}")
+    given = frame[label].tolist()
+    missing = [i for i, cell in enumerate(given) if not cell.strip()]
+    if missing:
+        raise ValueError(f"{source}: row {missing[0]} has no {label} ({len(missing)} in all)")
+    say_labels(given, said)
+    labels, classes = _classes(np.array(given, dtype=object), str(source))
     others = frame.drop(columns=[label])
-    decimal = set()
-    if _separator(source) != ",":
-        for name in others.columns:
-            if not pd.api.types.is_numeric_dtype(others[name]) and (found := _with_points(others[name])) is not None:
-                others[name] = found
-                decimal.add(name)
-    columns = [m for name in others.columns if (m := _column_of(others[name], str(name), name in decimal)) is not None]
-    parts = [column.encode(others[column.name]) for column in columns]
-    if not parts:
+    comma = frame.attrs["separator"] == ","
+    found = [column_of(str(name), others[name].tolist(), comma, said) for name in others.columns]
+    made = [one for one in found if one is not None]
+    notes = said.lines()
+    if not made:
+        why = "".join(f"; {note}" for note in notes if note.startswith("columns left out"))
         raise ValueError(
-            f"{source} has no column to learn {label!r} from: neither numbers nor up to 50 different values"
+            f"{source} has no column to learn {label!r} from: neither numbers nor up to {WORDS} different values{why}"
         )
+    left = len(found) - len(made)
     return OwnData(
-        torch.from_numpy(np.concatenate(parts, 1).astype(np.float32)),
+        torch.from_numpy(np.concatenate([part for _, part in made], 1).astype(np.float32)),
         labels,
         classes,
         [f"row {i}" for i in range(len(frame))],
-        f"{len(frame)} rows of {source}, column {label!r}",
-        rows=others.astype(str),
-        encode=_row_encoder(columns, [str(name) for name in others.columns]),
+        f"{len(frame)} rows of {source}, column {label!r}" + (f" ({left} other columns left out)" if left else ""),
+        rows=others,
+        notes=notes,
+        encode=_row_encoder([column for column, _ in made], [str(name) for name in others.columns]),
     )
+
+
+def _label_column(frame: Any, label: str, where: str) -> str:
+    """The name as the header has it, where spaces around it are no difference."""
+    names = [str(name) for name in frame.columns]
+    same = [label] if label in names else [name for name in names if name.strip() == label.strip()]
+    again = [new for name, new in frame.attrs["renamed"] if name.strip() == label.strip() and new != name]
+    if len(same) + len(again) > 1:
+        raise ValueError(f"{where} has {len(same) + len(again)} columns {quoted(label)}; expected one")
+    if same:
+        return same[0]
+    close = [name for name in names if name.strip().casefold() == label.strip().casefold()]
+    hint = f" (is it {quoted(close[0])}?)" if close else ""
+    raise ValueError(f"{where} has no column {label!r}{hint}; there are {some(_short(names))}")
+
+
+def _short(names: list[str]) -> list[str]:
+    return [name if len(name) <= 50 and name.isprintable() else quoted(name) for name in names]
 
 
 def train_small(
@@ -432,10 +387,15 @@ def look_for_mislabels(
 
 
 def _classes(given: np.ndarray, where: str) -> tuple[Tensor, list[str]]:
-    names, labels, counts = np.unique(given, return_inverse=True, return_counts=True)
+    counts = Counter(given.tolist())
+    names = sorted(counts)
     if len(names) < 2:
-        raise ValueError(f"{where} has one class, {names[0]!r}; expected two or more")
-    few = [str(name) for name, count in zip(names, counts, strict=True) if count < _LEAST]
+        raise ValueError(f"{where} has one class, {quoted(names[0])}; expected two or more")
+    few = [name for name in names if counts[name] < _LEAST]
     if few:
-        raise ValueError(f"{where}: of class {few[0]!r} there is one example; expected at least {_LEAST} of each")
-    return torch.from_numpy(labels.astype(np.int64)), [str(name) for name in names]
+        many = f" ({len(few)} of {len(names)} classes: are they numbers or names?)" if len(few) > 1 else ""
+        raise ValueError(
+            f"{where}: of class {quoted(few[0])} there is one example; expected at least {_LEAST} of each{many}"
+        )
+    places = {name: place for place, name in enumerate(names)}
+    return torch.tensor([places[name] for name in given.tolist()]), names
