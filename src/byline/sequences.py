@@ -119,7 +119,7 @@ def _names_positions(kind: Any) -> bool:
 
 def _is_mapped(value: Tensor) -> bool:
     """Whether vmap runs, which cannot look at numbers."""
-    return bool(torch._C._functorch.is_batchedtensor(value))
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
 
 
 def inputs(args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, Any]:
