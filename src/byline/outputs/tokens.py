@@ -57,6 +57,7 @@ class Tokens(Output):
                 f"{self.expects.removeprefix('logits ')}"
             )
         self._classes = prediction.shape[-1]
+        refuse_probabilities(prediction, self.name)
         if prediction.dtype in (torch.bfloat16, torch.float16):
             # the log-sum-exp of a vocabulary and a mean over tokens need more digits than these have
             prediction = prediction.float()
@@ -66,7 +67,6 @@ class Tokens(Output):
         labels = labels.long()
         ignored = labels == sequences.IGNORED
         check_labels(labels, logits.shape[-1], ignored)
-        refuse_probabilities(logits, self.name)
         count = (~ignored).sum(1)
         if not is_mapped(count) and (count == 0).any():
             position = int((count == 0).nonzero()[0, 0])
