@@ -1,4 +1,4 @@
-"""What each named output is, against torch's own losses and autograd; and what is refused because it is something else."""
+"""What each named output is, against torch's own losses and autograd; and what is refused as something else."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def test_the_prediction_is_found_where_only_one_tensor_can_be_it(function, outpu
 )
 def test_several_that_might_be_it_are_refused(function, output, message):
     y = torch.randint(2, (B, C)) if output == "multi-label" else torch.tensor([0, 1, 1, 0])
+    task = byline.Task(Given(function).eval(), output)
     with pytest.raises(ValueError, match=message):
-        task = byline.Task(Given(function).eval(), output)
         task.output(task.model, (torch.randn(B, C), y))
 
 
@@ -363,7 +363,7 @@ def spied(model, task, batch):
     """The noisy examples, timesteps, and f of one evaluation."""
     seen = []
     handle = model.register_forward_pre_hook(
-        lambda m, args, named: seen.append((*args, *named.values())), with_kwargs=True
+        lambda m, args, named: seen.append(args or (named["x"], named["timestep"])), with_kwargs=True
     )
     value = task.output(model, batch).detach()
     handle.remove()
