@@ -428,6 +428,24 @@ def test_denoising_is_the_mean_squared_error_over_draws(predicts, explains):
     assert (task.residual(model, (x, c)) == 1).all()
 
 
+def test_denoising_of_a_model_as_diffusers_has_them():
+    plain = Denoiser().eval()
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = plain
+
+        def forward(self, sample, timestep, class_labels=None, return_dict=True):
+            assert class_labels is not None
+            return SimpleNamespace(sample=self.inner(sample, timestep, class_labels.float()))
+
+    x, c = torch.randn(4, 6), torch.randint(3, (4,))
+    named, task = Named().eval(), byline.Denoising(SCHEDULE, draws=2)
+    found = byline.Task(named, task).output(named, {"sample": x, "class_labels": c})
+    assert torch.equal(found, byline.Task(plain, task).output(plain, (x, c.float())))
+
+
 def test_denoising_is_told_apart_in_a_store_and_refuses_what_it_cannot_read():
     model = Denoiser().eval()
     tasks = [
