@@ -309,8 +309,9 @@ class MultiInput(nn.Module):
         self.a, self.b, self.head = nn.Linear(6, 5), nn.Embedding(11, 5), nn.Linear(5, 3)
 
     def forward(self, x, words):
-        h = torch.tanh(self.a(x) + self.b(words).mean(1))
-        return self.head(h), h
+        h = self.b(words)
+        # of the two, only one can be logits of classes
+        return self.head(torch.tanh(self.a(x) + h.mean(1))), h
 
 
 def two_inputs(form):

@@ -44,6 +44,7 @@ from byline.methods import (
     TracIn,
     TrackStar,
 )
+from byline.outputs import Denoising
 from byline.scores import Ranking, Scores
 from byline.task import Task
 from byline.tokens import TokenScores, tokens
@@ -62,6 +63,7 @@ __all__ = [
     "Client",
     "CrossFit",
     "DVEmb",
+    "Denoising",
     "Dense",
     "Dropout",
     "Ensemble",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from byline import sequences
 from byline.ensembles import Trajectory, record
 from byline.ensembles.base import check_count, check_seed, save_trained
+from byline.outputs import Output
 from byline.task import ParamFilter, Task
 
 try:
@@ -29,43 +30,44 @@ def task(
     model: nn.Module,
     tokenizer: Any = None,
     *,
-    output: str | Callable[[nn.Module, Any], Tensor] = "language-modeling",
+    output: str | Output | Callable[[nn.Module, Any], Tensor] = "language-modeling",
     params: ParamFilter | None = None,
 ) -> Task:
-    """A task for a causal language model: the mean margin of its target tokens.
+    """A task for a model of transformers; left to itself for a causal language model: the mean margin of its targets.
 
     A batch is a dict or ``BatchEncoding`` with ``input_ids`` (B, T), and ``attention_mask`` and ``labels`` where there
-    are any; without labels, the tokens that are kept are the targets.
+    are any; without labels, the tokens that are kept are the targets of a causal language model.
 
     Args:
         model: a transformers model with a language-modelling head, or a PEFT model of one, whose adapter's weights are
             then the attributed ones. It is put in eval mode. Where PEFT has loaded an adapter for inference, its
             weights are made trainable (``requires_grad``), because nothing would be left to attribute.
         tokenizer: checked against the model's vocabulary.
-        output: as of `byline.Task`.
+        output: as of `byline.Task`: ``"masked-language-modeling"`` for BERT's kind, ``"seq2seq"`` for T5's,
+            ``"classification"`` or ``"token-classification"`` for models with such a head.
         params: which parameters count; all trainable ones by default.
 
     Raises:
-        TypeError: the model is no language model of transformers.
-        ValueError: it is an encoder-decoder, or the tokenizer has tokens that it does not know.
+        TypeError: the model is none of transformers.
+        ValueError: it was trained on something else than the output says, or the tokenizer has tokens that it does not
+            know.
     """
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings") or config is None:
         raise TypeError(
             f"model is a {type(model).__name__}; expected a causal language model of transformers, or PEFT's of one"
         )
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"model is the encoder-decoder {type(model).__name__}; expected a decoder such as GPT2LMHeadModel"
-        )
-    if model.get_output_embeddings() is None:  # type: ignore[operator]
+    made = Task(model, output=output, params=params)
+    headed = output in ("language-modeling", "masked-language-modeling", "seq2seq")
+    if headed and model.get_output_embeddings() is None:  # type: ignore[operator]
         raise ValueError(f"model is a {type(model).__name__} without a language-modelling head")
     if tokenizer is not None:
         check_tokenizer(tokenizer, model)
     if hasattr(model, "peft_config") and not any(p.requires_grad for p in model.parameters()):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
-    return Task(model.eval(), output=output, params=params)
+    model.eval()
+    return made
 
 
 def check_tokenizer(tokenizer: Any, model: nn.Module) -> None:

@@ -135,10 +135,12 @@ class Influence(Attributor):
                 f"{list(solver.curvatures)}, or solver='cg'"
             )
         if curvature == "ggn" and not self.task.has_likelihood:
+            what = "output is a callable" if self.task.name == "callable" else "loss is a callable"
+            if not self.task.own_loss and self.task.name != "callable":
+                what = f"output {self.task.name!r} has none that is known"
             raise ValueError(
-                f"curvature is 'ggn', which needs the likelihood of a named output with its own loss, and the task's "
-                f"{'output' if self.task.name == 'callable' else 'loss'} is a callable; use "
-                "curvature='fisher' or 'auto'"
+                "curvature is 'ggn', which needs the likelihood of a named output with its own loss, and the task's "
+                f"{what}; use curvature='fisher' or 'auto'"
             )
         projected = self.features.linear and isinstance(solver, Explicit) and curvature == "fisher"
         if not isinstance(self.features, Exact) and not projected:

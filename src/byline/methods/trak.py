@@ -69,6 +69,11 @@ class TRAK(Ridge):
                     f"{name} is {value!r}, which needs to know how the residual depends on the output, and the task's "
                     "residual is a callable; expected a named output, or a callable one that is read as a margin"
                 )
+            if value in ("weighted", "leave-one-out") and not task.residual_varies:
+                raise ValueError(
+                    f"{name} is {value!r}, which needs a residual that depends on the output, and that of the output "
+                    f"{task.name!r} is 1 throughout; expected the default"
+                )
 
     def _choose_residuals(self) -> None:
         super()._choose_residuals()

@@ -324,6 +324,12 @@ def _most(label: Any) -> int:
 def _words(name: str) -> str:
     return {
         "classification": "log p/(1-p) of the label",
+        "binary": "log p/(1-p) of the label",
+        "multi-label": "the mean margin of the labels",
         "regression": "the prediction",
+        "multi-regression": "minus half the mean squared error",
         "language-modeling": "the mean token margin",
+        "masked-language-modeling": "the mean token margin",
+        "token-classification": "the mean token margin",
+        "seq2seq": "the mean token margin",
     }.get(name, "the output")

@@ -60,7 +60,7 @@ class KFAC(Solver):
 
     def fit(self, problem: Problem) -> State:
         """Bases (none where a factor is diagonal) and eigenvalues of every block."""
-        if self.samples is None and problem.job.task.name == "language-modeling":
+        if self.samples is None and problem.job.task.name not in ("classification", "binary", "regression"):
             raise ValueError("samples is None, which asks for every label of every token; expected an int")
         moments: dict[str, _Moments] = {part.name: _Moments() for part in problem.layout.parts}
         for blocks, weight in problem.gradients(self.samples):
