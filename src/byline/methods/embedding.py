@@ -127,6 +127,8 @@ class WithoutGradients(Attributor):
         ValueError: one of those three is given.
     """
 
+    _tried = "forward"
+
     def __init__(self, task: Task, ensemble: Ensemble, **options: Any):
         for name in ("features", "damping", "params"):
             if options.pop(name, None) is not None:
