@@ -6,6 +6,7 @@ what to do, rather than by whatever breaks first deep inside of it.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -59,7 +60,9 @@ def check(
     """
     collate = batches.collate_of(dataset, collate)
     batches.gather(dataset, list(range(min(len(dataset), batch_size))), collate, name)
-    places = [place % len(dataset) for place in range(_FEW)]
+    # spread over the dataset, which may be sorted
+    last = len(dataset) - 1
+    places = [0, last // 2, last]
     few = batches.gather(dataset, places, collate, name)
     if collate is not default_collate:
         _check_collate(dataset, places, collate, name, max(batch_size, _ROWS))
@@ -103,7 +106,7 @@ def _check_collate(dataset: Any, places: list[int], collate: Collate, name: str,
 
     if not batches.repeats(lambda: made(_FEW)):
         raise ValueError(
-            f"collate gives another batch on a second call with {name}{sorted(set(places))}; expected one that neither "
+            f"collate gives another batch on a second call with {name}{places}; expected one that neither "
             "draws at random (augmentation, masked tokens) nor changes its items: do that once, in the dataset"
         )
     for where, count, fewer in _lengths(made(_FEW), made(_FEW - 1)):
@@ -175,7 +178,7 @@ def _check_model(task: Task, model: nn.Module, dataset: Any, few: Batch, places:
             called = _Called(model)
             with called.watching():
                 _succeeds(run, batch)
-            advice = _advice(task, model, run, batch, dataset[places[0]], error)
+            advice = _advice(task, model, run, batch, dataset[places[0]], error) or _default(model, called, error)
             what = f"{type(error).__name__}: {first_line(error)}"
             if called.inside:
                 told = f"the model does not take {name}: {called.inside} raised {what}"
@@ -294,16 +297,27 @@ def _advice(
         return "numbers where it has strings: labels as ints, text as tokens (byline.hf.dataset)"
     if isinstance(error, IndexError):
         rows = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-        found = [int(t.max()) for t in batches.tensors(batch) if not t.is_floating_point() and t.numel()]
-        longest = max((t.shape[1] for t in batches.tensors(batch) if t.ndim > 1), default=0)
-        if rows:
+        ids = [t for t in batches.tensors(batch) if t is not target and not t.is_floating_point() and t.numel()]
+        if rows and ids:
+            longest = max((t.shape[1] for t in ids if t.ndim > 1), default=1)
             return (
                 f"numbers and lengths below those of the model's embeddings ({', '.join(map(str, rows))} rows), where "
-                f"the batch has numbers up to {max(found, default=0)} and a length of {longest}"
+                f"the batch has numbers up to {max(int(t.max()) for t in ids)} and a length of {longest}"
             )
+    return ""
+
+
+def _default(model: nn.Module, called: _Called, error: Exception) -> str:
+    """What to do where no usual repair helps."""
+    if called.inside and isinstance(error, RuntimeError):
+        return "inputs of a shape, dtype and device that this layer takes"
+    try:
+        taken = ", ".join(list(inspect.signature(model.forward).parameters)[:6])
+    except (TypeError, ValueError):
+        taken = "of its forward"
     return (
-        "examples that the model takes: (*inputs, label), or a dict with the names of its arguments and 'labels'; "
-        "collate= makes other batches of them"
+        f"(*inputs, label) in the order of the model's arguments ({taken}), a dict with their names and "
+        "'labels', or collate= that makes such batches"
     )
 
 

@@ -13,6 +13,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -154,7 +155,7 @@ def as_dataset(data: Any, name: str) -> Any:
     if not _holds_tensors(data):
         # an item may well be the same twice by chance, where something is done to it every second time
         for index in sorted({0, length // 4, length // 2, 3 * length // 4, length - 1}):
-            if not repeats(lambda index=index: _item(data, index, name)):  # type: ignore[misc]
+            if not repeats(partial(_item, data, index, name), index):
                 raise ValueError(
                     f"{name}[{index}] is not the same on a second read; expected a dataset that neither shuffles "
                     "nor augments at random"
@@ -193,11 +194,16 @@ def _item(dataset: Any, index: int, name: str) -> Any:
         ) from error
 
 
-def repeats(make: Callable[[], Any]) -> bool:
-    """Whether something comes out the same again, whatever torch's, numpy's and Python's global random state is."""
+def repeats(make: Callable[[], Any], salt: int = 0) -> bool:
+    """Whether something comes out the same again, whatever torch's, numpy's and Python's global random state is.
+
+    Args:
+        make: what makes it.
+        salt: other states for another number.
+    """
     found = set()
-    for seed in range(_READS):
-        with _other_randomness(seed):
+    for time in range(_READS):
+        with _other_randomness(salt * _READS + time):
             found.add(digest_of(make()))
     return len(found) == 1
 
@@ -212,7 +218,7 @@ def _other_randomness(seed: int) -> Iterator[None]:
     try:
         # not torch.manual_seed, which would seed the accelerators too
         torch.default_generator.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
+        np.random.seed(seed % 2**32)  # noqa: NPY002
         random.seed(seed)
         yield
     finally:
@@ -272,8 +278,9 @@ def _uncollated(items: list[Any], indices: list[int], default: bool, name: str, 
         expected = (
             odd_kind(items[0]) or "items of tensors and numbers, or collate= that makes a batch of a list of them"
         )
+    shown = f"{indices[0]}:{indices[-1] + 1}" if len(indices) > 3 else ", ".join(map(str, indices))
     return (
-        f"{name}[{indices[0]}:{indices[-1] + 1}] does not go into one batch ({type(error).__name__}: "
+        f"{name}[{shown}] does not go into one batch ({type(error).__name__}: "
         f"{first_line(error)}); {told}; expected {expected}"
     )
 
