@@ -150,6 +150,7 @@ def columns():
     return {
         "arrays": ((X.numpy(), Y.numpy()), f"tuple of 2 columns (ndarray (11, 6), ndarray (11,)), which.*{whole}"),
         "two arrays of two": ((X[:2].numpy(), Y[:2].numpy()), "tuple of 2 columns"),
+        "inputs and targets": ((X, X), "tuple of 2 columns (Tensor (11, 6), Tensor (11, 6)), which"),
         "tensors": ([X, Y], f"list of 2 columns (Tensor (11, 6), Tensor (11,)), which.*{whole}"),
         "table and labels": ((frame, pd.Series(Y.numpy())), f"columns (DataFrame (11, 6), Series (11,)).*{whole}"),
         "array and list": ((X.numpy(), Y.tolist()), "columns (ndarray (11, 6), list of 11)"),
@@ -506,10 +507,7 @@ def test_the_first_error_is_kept():
 
 def test_an_output_of_ones_own_that_breaks():
     text = refused(PAIRS, output=lambda model, batch: model(batch["x"])[:, 0])
-    assert (
-        "the task's loss cannot be had of a batch of train_set, (float32 (3, 6), int64 (3,)): it raised TypeError"
-        in text
-    )
+    assert "what the task asks of a batch of train_set, (float32 (3, 6), int64 (3,)), raised TypeError" in text
 
 
 def test_rows_of_token_lists_and_text_columns_of_a_language_model():

@@ -51,8 +51,7 @@ def check(
         collate: makes a batch of its items.
         model: the task's own, or a copy of it elsewhere.
         batch_size: examples of the first batch; a few of them are run.
-        of: what is differentiated, "output" or "loss"; "forward" for the output alone, "nothing" to leave the model
-            alone.
+        of: what is differentiated, "output" or "loss"; "nothing" to leave the model alone.
         given: what the caller passed for the dataset, whose ``collate_fn`` counts where it is a ``DataLoader``.
 
     Raises:
@@ -75,7 +74,10 @@ def check(
             f"{describe(dataset[0])}; expected {advice}"
         )
     if of != "nothing":
-        _check_model(task, task.model if model is None else model, dataset, few, places, name, of)
+        own = task.model if model is None else model
+        device = next((p.device for p in own.parameters()), torch.device("cpu"))
+        with naming(name, places):
+            tried(task, own, batches.to(few, device), lambda batch: task.differentiate(own, batch, of), name, dataset)
 
 
 def check_parameters(task: Task) -> None:
@@ -155,36 +157,53 @@ def _check_given(given: Any, few: Batch, dataset: Any, places: list[int], name: 
         )
 
 
-def _check_model(task: Task, model: nn.Module, dataset: Any, few: Batch, places: list[int], name: str, of: str) -> None:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batch = batches.to(few, device)
+def tried(
+    task: Task, model: nn.Module, batch: Batch, run: Callable[[Batch], Any], name: str, dataset: Any = None
+) -> None:
+    """Run a model on a batch without gradients, and say in a sentence what keeps it from that.
 
-    def run(batch: Batch) -> None:
+    Args:
+        task: what is asked of the model.
+        model: the task's, or a copy of it.
+        batch: examples on its device.
+        run: asks it.
+        name: what the batch is of.
+        dataset: what an example of it is shown from.
+
+    Raises:
+        ExampleError: something is wrong with one example.
+        ValueError: anything else, but for a lack of memory.
+    """
+
+    def alone(batch: Batch) -> None:
         with torch.no_grad():
-            if of == "forward":
-                task.output(model, batch)
-            else:
-                task.differentiate(model, batch, of)
-
-    with naming(name, places):
-        try:
             run(batch)
-        except (ExampleError, *_MEMORY):
-            raise
-        except Exception as error:
-            item = f"{name}[{places[0]}] is {describe(dataset[places[0]])}"
-            if isinstance(error, ValueError) and _is_own(error):
-                raise ValueError(f"{name}: {error}; {item}") from error
-            called = _Called(model)
-            with called.watching():
-                _succeeds(run, batch)
-            advice = _advice(task, model, run, batch, dataset[places[0]], error) or _default(model, called, error)
-            what = f"{type(error).__name__}: {first_line(error)}"
-            if called.inside:
-                told = f"the model does not take {name}: {called.inside} raised {what}"
-            else:
-                told = f"the task's {of} cannot be had of a batch of {name}, {describe(batch)}: it raised {what}"
-            raise ValueError(f"{told}; {item}; expected {advice}") from error
+
+    try:
+        alone(batch)
+    except (ExampleError, *_MEMORY):
+        raise
+    except Exception as error:
+        item = "" if dataset is None else f"; {name}[0] is {describe(dataset[0])}"
+        if isinstance(error, ValueError) and _is_own(error):
+            if dataset is None:
+                raise
+            raise ValueError(f"{name}: {error}{item}") from error
+        called = _Called(model)
+        with called.watching():
+            _succeeds(alone, batch)
+        advice = _advice(task, model, alone, batch, error) or _default(model, called, error)
+        what = f"{type(error).__name__}: {first_line(error)}"
+        if called.inside:
+            told = f"the model does not take {name}: {called.inside} raised {what}"
+        else:
+            told = f"what the task asks of a batch of {name}, {describe(batch)}, raised {what}"
+        if dataset is not None and lists_of_numbers(dataset[0]):
+            advice = (
+                "tensors where it has lists of numbers: torch.tensor(...), with_format('torch') of a Hugging Face "
+                "dataset, or byline.hf.dataset"
+            )
+        raise ValueError(f"{told}{item}; expected {advice}") from error
 
 
 def _is_own(error: BaseException) -> bool:
@@ -254,9 +273,7 @@ def _succeeds(run: Callable[[Batch], None], batch: Batch) -> bool:
     return True
 
 
-def _advice(
-    task: Task, model: nn.Module, run: Callable[[Batch], None], batch: Batch, item: Any, error: Exception
-) -> str:
+def _advice(task: Task, model: nn.Module, run: Callable[[Batch], None], batch: Batch, error: Exception) -> str:
     """What to do: the first of the usual repairs under which the batch runs, or what the error points to."""
     target = task.targets(batch)
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -288,11 +305,6 @@ def _advice(
             if _succeeds(run, change(rest)):
                 first = f"examples without {dropped}" if dropped else ""
                 return " and ".join(part for part in (first, after) if part)
-    if lists_of_numbers(item):
-        return (
-            "tensors where it has lists of numbers: torch.tensor(...), with_format('torch') of a Hugging Face dataset, "
-            "or byline.hf.dataset"
-        )
     if _strings(batch):
         return "numbers where it has strings: labels as ints, text as tokens (byline.hf.dataset)"
     if isinstance(error, IndexError):

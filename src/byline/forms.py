@@ -107,7 +107,8 @@ def _are_columns(parts: Any) -> bool:
         # a list of [x, y] is a list of examples
         return isinstance(parts, tuple) and len(parts[0]) > 2
     kinds = {(type(part), getattr(part, "ndim", 1), getattr(part, "dtype", None)) for part in parts}
-    return len(kinds) > 1
+    # two tables of one kind in a tuple are inputs and targets; two rows of tokens are examples
+    return len(kinds) > 1 or (isinstance(parts, tuple) and len(parts) == 2 and parts[0].ndim > 1)
 
 
 def _shape(value: Any) -> str:
@@ -117,4 +118,8 @@ def _shape(value: Any) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
-    return (str(error).strip().splitlines() or ["no reason given"])[0][:300].rstrip(".")
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    # TorchScript puts where it was before what it was
+    return lines[-1 if lines[0].startswith("The following operation failed in the TorchScript") else 0][:300].rstrip(
+        "."
+    )

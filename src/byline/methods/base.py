@@ -99,8 +99,7 @@ class Attributor(ABC):
     """What the method takes as ``residual=`` beside "auto"."""
     train_side: ClassVar[str] = "loss"
     """Whose gradient is taken at the training example: "output", or "loss" for -∇ℓ."""
-    _tried: ClassVar[str] = ""
-    """What is asked of the model where nothing is differentiated (`byline.arrivals.check`)."""
+    _differentiates: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -164,9 +163,7 @@ class Attributor(ABC):
         self._check_model()
         self._check_size(len(data))
         self._check_residual(len(data))
-        arrivals.check(
-            self.task, data, "train_set", self.collate, batch_size=self.batch_size, of=self._tried or self._of
-        )
+        arrivals.check(self.task, data, "train_set", self.collate, batch_size=self.batch_size, of=self._asked(self._of))
         with phase(self.ledger, "fitting"), self.store.session():
             if self.store.place is None and self._train_set is not None and data is not self._train_set:
                 self.store = Store(None)
@@ -467,14 +464,15 @@ class Attributor(ABC):
 
     # pieces for the methods
 
+    def _asked(self, of: str) -> str:
+        """What the first batch is tried with (`byline.arrivals.check`)."""
+        return of if self._differentiates else "nothing"
+
     def _arrived(self, test_set: Any) -> Any:
         """A test set whose first batch has been tried."""
         data = batches.as_dataset(test_set, "test_set")
-        tried, size = self._tried or "output", self.batch_size
-        model = self._bench.model
-        arrivals.check(
-            self.task, data, "test_set", self.collate, model=model, batch_size=size, of=tried, given=test_set
-        )
+        options = {"model": self._bench.model, "batch_size": self.batch_size, "of": self._asked("output")}
+        arrivals.check(self.task, data, "test_set", self.collate, given=test_set, **options)
         return data
 
     @property
@@ -663,7 +661,7 @@ class Attributor(ABC):
             )
 
     def _check_model(self) -> None:
-        if not self._tried:
+        if self._differentiates:
             arrivals.check_parameters(self.task)
         for name, module in self.task.model.named_modules():
             if module.training:

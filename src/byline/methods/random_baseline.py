@@ -44,8 +44,6 @@ class Random(WithoutGradients):
         ValueError: a seed that is no int of at least 0, or one of those three.
     """
 
-    _tried = "nothing"
-
     def __init__(self, task: Task, ensemble: Ensemble, *, seed: int = 0, **options: Any):
         super().__init__(task, ensemble, **options)
         self.seed = check_seed(seed)
