@@ -471,8 +471,10 @@ class Attributor(ABC):
     def _arrived(self, test_set: Any) -> Any:
         """A test set whose first batch has been tried."""
         data = batches.as_dataset(test_set, "test_set")
-        options = {"model": self._bench.model, "batch_size": self.batch_size, "of": self._asked("output")}
-        arrivals.check(self.task, data, "test_set", self.collate, given=test_set, **options)
+        model, of = self._bench.model, self._asked("output")
+        arrivals.check(
+            self.task, data, "test_set", self.collate, model=model, batch_size=self.batch_size, of=of, given=test_set
+        )
         return data
 
     @property
