@@ -555,6 +555,14 @@ def test_methods_that_ask_less_of_the_model_are_tried_with_less():
     assert np.isfinite(found.attribute(lone).values).all()
 
 
+class Thing:
+    """Whose repr is its address."""
+
+    def __init__(self, x):
+        self.x = [{"x": x}]
+        self.own = self
+
+
 def test_digests_see_into_dataclasses_and_sparse_tensors():
     big = torch.zeros(2000)
     other = big.clone()
@@ -562,4 +570,7 @@ def test_digests_see_into_dataclasses_and_sparse_tensors():
     assert repr(Row(big, 1)) == repr(Row(other, 1))
     assert batches.digest_of(Row(big, 1)) != batches.digest_of(Row(other, 1))
     assert batches.digest_of(big.to_sparse()) == batches.digest_of(big)
-    assert batches.digest_of(SimpleNamespace(a=1)) == batches.digest_of(SimpleNamespace(a=1))
+    words = [np.array(["".join(["lo", end]), None], dtype=object) for end in ("ng", "ng", "st")]
+    assert batches.digest_of(words[0]) == batches.digest_of(words[1]) != batches.digest_of(words[2])
+    for make in (lambda x: SimpleNamespace(a=x), Thing):
+        assert batches.digest_of(make(big)) == batches.digest_of(make(big.clone())) != batches.digest_of(make(other))

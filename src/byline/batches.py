@@ -316,7 +316,7 @@ def digest_of(item: Any) -> str:
     return digest.hexdigest()
 
 
-def _update(digest: Any, item: Any) -> None:
+def _update(digest: Any, item: Any, depth: int = 4) -> None:
     if isinstance(item, Tensor):
         data = (item.detach() if item.layout == torch.strided else item.detach().to_dense()).cpu().contiguous()
         digest.update(f"{data.dtype}{tuple(data.shape)}".encode())
@@ -324,16 +324,22 @@ def _update(digest: Any, item: Any) -> None:
     elif isinstance(item, Mapping):
         for key in sorted(item, key=str):
             digest.update(str(key).encode())
-            _update(digest, item[key])
+            _update(digest, item[key], depth)
     elif isinstance(item, tuple | list):
         digest.update(f"({len(item)}".encode())
         for part in item:
-            _update(digest, part)
+            _update(digest, part, depth)
+    elif getattr(getattr(item, "dtype", None), "kind", "") == "O":
+        # its bytes are addresses
+        _update(digest, [list(item.shape), item.reshape(-1).tolist()], depth)
     elif hasattr(item, "tobytes"):
         digest.update(f"{getattr(item, 'dtype', '')}{getattr(item, 'shape', '')}".encode())
         digest.update(item.tobytes())
     elif dataclasses.is_dataclass(item) and not isinstance(item, type):
-        # their repr leaves out the middle of what is large
-        _update(digest, {field.name: getattr(item, field.name) for field in dataclasses.fields(item)})
+        _update(digest, {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}, depth)
     else:
-        digest.update(repr(item).encode())
+        # an address says nothing, and what a class says of its tensors is seldom all of them
+        kind = type(item)
+        digest.update((kind.__qualname__ if kind.__repr__ is object.__repr__ else repr(item)).encode())
+        if depth and not isinstance(item, _LEAVES) and not callable(item):
+            _update(digest, dict(getattr(item, "__dict__", {})), depth - 1)
