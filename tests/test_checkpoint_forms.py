@@ -207,6 +207,27 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
         scores(model, tmp_path / "damaged.safetensors", data)
 
 
+def test_tied_weights(made):
+    """Under either of their names, or both; but not as two."""
+    _, _, data = made
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).eval()
+    model[2].weight = model[0].weight
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = scores(model, state, data)
+    for name in ("0.weight", "2.weight"):
+        one = {f"module.{k}": v for k, v in state.items() if k != name}
+        np.testing.assert_array_equal(scores(model, one, data), expected)
+    state["2.weight"] += 1
+    with pytest.raises(ValueError, match=r"one weight in the model and two in the checkpoint: 0.weight and 2.weight"):
+        scores(model, state, data)
+
+
+def test_a_wrapped_model_takes_plain_checkpoints(made):
+    _, state, data = made
+    found = scores(nn.Sequential(net()).eval(), state, data)
+    np.testing.assert_allclose(found, by_autograd(state, data), rtol=1e-4, atol=1e-6)
+
+
 def test_a_file_that_is_written_anew_after_fit(made, tmp_path):
     """Rows of the old weights are never set against those of the new ones."""
     model, state, data = made

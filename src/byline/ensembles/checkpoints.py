@@ -205,7 +205,7 @@ def chosen(found: Mapping[str, StateDict], model: nn.Module, name: str, origin: 
                 break
     if len(fits) > 1:
         first, *others = fits.values()
-        if any(not _same(first[0], other[0]) for other in others):
+        if any(not _alike(first[0], other[0]) for other in others):
             # an average of the weights beside the weights: either may be the one that is asked about
             raise ValueError(
                 f"{name}: {origin} has several entries that fit the task's model, {' and '.join(fits)}; expected one "
@@ -222,10 +222,17 @@ def chosen(found: Mapping[str, StateDict], model: nn.Module, name: str, origin: 
     )
 
 
-def _same(one: StateDict, two: StateDict) -> bool:
+def _alike(one: StateDict, two: StateDict) -> bool:
     return one.keys() == two.keys() and all(
         torch.equal(one[key], two[key]) for key in one if isinstance(one[key], Tensor)
     )
+
+
+def _same(state: StateDict, one: str, two: str) -> bool:
+    values = state[one], state[two]
+    if not all(isinstance(value, Tensor) for value in values) or any(value.is_meta for value in values):
+        return True
+    return torch.equal(*values)
 
 
 def plain(state: Mapping[str, Any], beside: tuple[str, ...] = ()) -> dict[str, str]:
@@ -283,6 +290,13 @@ def problems(state: StateDict, model: nn.Module) -> str:
         for key in both
         if key not in values and state[key].shape == own[key].shape and not _converts(state[key], own[key])
     ]
+    first: dict[int, str] = {}
+    apart = [
+        f"{first[id(own[key])]} and {key}"
+        for key in both
+        # the one that is loaded last would stand for both
+        if first.setdefault(id(own[key]), key) != key and not _same(state, first[id(own[key])], key)
+    ]
     found = []
     for label, keys in (
         ("missing", missing),
@@ -290,6 +304,7 @@ def problems(state: StateDict, model: nn.Module) -> str:
         ("without a tensor", values),
         ("of another shape", shapes),
         ("of another kind of number", kinds),
+        ("one weight in the model and two in the checkpoint", apart),
         ("without numbers (on the meta device)", [k for k in both if k not in values and state[k].is_meta]),
     ):
         if keys:
