@@ -126,7 +126,8 @@ def dataset(
         tokenizer: of transformers; its special tokens are added as it adds them by itself.
         max_length: tokens that are kept of each, from the front; all by default, and `byline` refuses what is longer
             than the model's context.
-        prompts: what stands before each text and is no target.
+        prompts: what stands before each text and is no target. What the tokenizer puts around a text stands once around
+            both: nothing of it comes between them.
         model: checked against the tokenizer's vocabulary.
 
     Returns:
@@ -146,11 +147,11 @@ def dataset(
     if model is not None:
         check_tokenizer(tokenizer, model)
     ids, labels = [], []
+    head, tail = ([], []) if prompts is None else _around(tokenizer, [*texts, *prompts])
     for place, text in enumerate(texts):
-        before = [] if prompts is None else _encoded(tokenizer, prompts[place])
-        # after a prompt, what a tokenizer puts at the beginning of a text is there already
+        before = [] if prompts is None else head + _encoded(tokenizer, prompts[place], special=False)
         own = _encoded(tokenizer, text, special=prompts is None)
-        row = torch.tensor((before + own)[:max_length], dtype=torch.long)
+        row = torch.tensor((before + own + tail)[:max_length], dtype=torch.long)
         target = row.clone()
         # nothing predicts the first token; a Trainer would count it in the mean over a batch's tokens all the same
         target[: max(1, len(before))] = _IGNORED
@@ -198,8 +199,10 @@ def generated(
     device = next(model.parameters()).device
     ids, labels, texts = [], [], []
     options = {"do_sample": True, "pad_token_id": _pad(tokenizer), **options}
+    # what ends a text must not stand before its continuation
+    head, _ = _around(tokenizer, prompts)
     for place, prompt in enumerate(prompts):
-        before = _encoded(tokenizer, prompt)
+        before = head + _encoded(tokenizer, prompt, special=False)
         if not before:
             raise ValueError(f"prompts[{place}] is empty; expected at least one token")
         if room is not None and len(before) + max_new_tokens > room:
@@ -223,6 +226,23 @@ def generated(
 
 def _encoded(tokenizer: Any, text: str, special: bool = True) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def _around(tokenizer: Any, texts: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts before a text, and after it."""
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    # a text whose tokens are none of those, so that they can be told apart; a vocabulary may lack the letters
+    for text in (*texts[:8], "a", "the", "0"):
+        inner, whole = _encoded(tokenizer, text, special=False), _encoded(tokenizer, text)
+        if inner and special.isdisjoint(inner):
+            for start in range(len(whole) - len(inner) + 1):
+                if whole[start : start + len(inner)] == inner:
+                    return whole[:start], whole[start + len(inner) :]
+    whole = _encoded(tokenizer, "")
+    ends = {getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "sep_token_id", None)}
+    ends -= {getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "cls_token_id", None)}
+    cut = next((i for i, token in enumerate(whole) if token in ends), len(whole))
+    return whole[:cut], whole[cut:]
 
 
 def _pad(tokenizer: Any) -> int:

@@ -66,9 +66,9 @@ class Job:
         if stop > len(self.dataset):
             raise IndexError(stop)
         if self.collate is default_collate:
-            found = batches.fetch(self.dataset, start, stop)
+            found = batches.fetch(self.dataset, start, stop, self.name)
         else:
-            found = batches.gather(self.dataset, list(range(start, stop)), self.collate)
+            found = batches.gather(self.dataset, list(range(start, stop)), self.collate, self.name)
         return batches.to(found, device)
 
     def pieces(self, batch: Any, copies: int = 1) -> Iterator[tuple[int, int, Any]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from byline import batches
+from byline.ensembles import checkpoints
 from byline.ledger import Cost
+
+log = logging.getLogger("byline")
 
 StateDict = dict[str, Tensor]
 
@@ -42,45 +46,76 @@ class Change(ABC):
 
 
 class Weights:
-    """The weights of one trained model: a state dict, a module, or a file, read when they are needed."""
+    """The weights of one trained model: a state dict, a module, or a file or folder, read when they are needed.
+
+    What a training loop has saved around them (``{"model": …, "optimizer": …}``) is looked through for the one state
+    dict that fits the task's model, with or without the prefixes of wrappers in its names.
+    """
 
     def __init__(self, source: Any, name: str):
+        self.source: Path | dict[str, StateDict]
+        """A file, or the state dicts that were given, by where they stood."""
+        self.name = name
+        self._origin = f"the {type(source).__name__}"
         if isinstance(source, str | Path):
-            path = Path(source)
-            if not path.is_file():
-                raise FileNotFoundError(f"{name}: no checkpoint file at {path}")
-            if path.suffix not in (".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
-                raise ValueError(f"{name} is {path.name}; expected a .safetensors or a .pt file")
-        elif isinstance(source, nn.Module):
-            source = {key: value.detach().clone() for key, value in source.state_dict().items()}
-        elif hasattr(source, "items"):
-            source = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in source.items()}
+            self.source = checkpoints.locate(Path(source), name)
+            self._origin = str(self.source)
+        elif isinstance(source, nn.Module) or hasattr(source, "items"):
+            content = source if isinstance(source, nn.Module) else dict(source.items())
+            found = self._found(content, self._origin)
+            self.source = {
+                place: {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+                for place, state in found.items()
+            }
         else:
             raise TypeError(f"{name} is a {type(source).__name__}; expected a state_dict, a module or a path")
-        self.source = source
-        self.name = name
         self._digest: str | None = None
+        self._files: list[Path] = []
+        self._signature: checkpoints.Signature | None = None
+        self._told = False
+
+    def _found(self, content: Any, origin: str) -> dict[str, StateDict]:
+        found = checkpoints.candidates(content)
+        if not found:
+            entries = ", ".join(map(repr, list(content)[:6])) if isinstance(content, Mapping) else ""
+            entries = f" (its entries are {entries})" if entries else ""
+            raise ValueError(
+                f"{self.name}: {origin} holds no state_dict{entries}; expected a mapping from names to tensors"
+            )
+        return found
+
+    def entries(self) -> dict[str, StateDict]:
+        """The state dicts there are, by where they stand; files are read without unpickling anything but tensors."""
+        if not isinstance(self.source, Path):
+            return self.source
+        content, self._files = checkpoints.read(self.source, self.name)
+        return self._found(content, self._origin)
 
     def load(self) -> StateDict:
-        """The state dict; files are read without unpickling anything but tensors."""
-        if not isinstance(self.source, str | Path):
-            return dict(self.source)
-        path = Path(self.source)
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+        """The state dict, under the names that it was saved with.
 
-            return load_file(path)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"{self.name}: {path} cannot be read with weights_only=True; expected a file of tensors alone, "
-                "best a .safetensors"
-            ) from error
-        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-            state = state["state_dict"]
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError(f"{self.name}: {path} holds no state_dict; expected a mapping from names to tensors")
+        Raises:
+            ValueError: there are several.
+        """
+        found = self.entries()
+        if len(found) > 1:
+            raise ValueError(f"{self.name}: {self._origin} has several entries, {' and '.join(found)}; expected one")
+        return dict(next(iter(found.values())))
+
+    def fitting(self, model: nn.Module) -> StateDict:
+        """The state dict that fits a model, under the model's names. Frozen parameters may be left out.
+
+        Raises:
+            ValueError: names the keys that are missing, unexpected or of another shape, or the entries that fit alike.
+        """
+        state, how = checkpoints.chosen(self.entries(), model, self.name, self._origin)
+        if not self._told:
+            self._told = True
+            if how:
+                log.info("%s: of %s, %s is taken", self.name, self._origin, how)
+            rounded = checkpoints.rounded(state, model)
+            if rounded:
+                log.warning("%s: the task's model rounds its weights (%s)", self.name, rounded)
         return state
 
     def into(self, model: nn.Module, base: nn.Module | None = None) -> None:
@@ -90,10 +125,10 @@ class Weights:
             model: whose weights are replaced.
             base: gives the frozen parameters that a checkpoint leaves out; those that ``model`` has by default.
         """
-        state = self.load()
+        state = self.fitting(model)
         if base is not None and not state.keys() >= model.state_dict().keys():
             model.load_state_dict(base.state_dict())
-        # a tied weight may stand under one of its names alone; `check` has seen that nothing is missing
+        # a tied weight may stand under one of its names alone; `fitting` has seen that nothing is missing
         model.load_state_dict(state, strict=False)
 
     def check(self, model: nn.Module) -> None:
@@ -102,30 +137,29 @@ class Weights:
         Raises:
             ValueError: names the keys that are missing, unexpected or of another shape.
         """
-        state = self.load()
-        own = model.state_dict(keep_vars=True)
-        given = {id(own[key]) for key in own if key in state}
-        frozen = {key for key, value in own.items() if isinstance(value, nn.Parameter) and not value.requires_grad}
-        missing = sorted(key for key in own if key not in state and id(own[key]) not in given and key not in frozen)
-        unexpected = sorted(set(state) - set(own))
-        shapes = [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own
-            if key in state and hasattr(own[key], "shape") and state[key].shape != own[key].shape
-        ]
-        problems = []
-        for label, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
-            if found:
-                shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-                problems.append(f"{label}: {shown}")
-        if problems:
-            raise ValueError(f"{self.name} does not fit the task's model; keys {'; '.join(problems)}")
+        self.fitting(model)
 
     def digest(self) -> str:
-        """SHA-256 of the names and values."""
-        if self._digest is None:
-            self._digest = batches.digest_of(sorted(self.load().items()))
+        """SHA-256 of the names and values.
+
+        Raises:
+            ValueError: the file has other numbers than when it was first read.
+        """
+        if self._digest is None or self._touched():
+            found = sorted((place, sorted(state.items())) for place, state in self.entries().items())
+            digest = batches.digest_of(found[0][1] if len(found) == 1 else found)
+            if self._digest not in (None, digest):
+                raise ValueError(
+                    f"{self.name}: {self._origin} has changed since it was first read; expected the same weights for "
+                    "as long as the ensemble is used (make a new one for the new weights)"
+                )
+            self._digest, self._signature = digest, checkpoints.signature(self._files)
         return self._digest
+
+    def _touched(self) -> bool:
+        """Whether a file was written anew since; one that is gone is not, its numbers may be loaded already."""
+        now = checkpoints.signature(self._files)
+        return now is not None and now != self._signature
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,14 @@ class Independent(Ensemble):
 
     Args:
         checkpoints: state dicts, modules or paths (``.safetensors``, or ``.pt`` read with ``weights_only=True``), in
-            the order in which the members count.
+            the order in which the members count. Also what loops save around a state dict (``{"model": …, "epoch":
+            3}``), of which the one entry that fits the task's model is taken; names with the prefixes of
+            DistributedDataParallel, ``torch.compile`` or Lightning; an index of weights in parts, or the folder of a
+            Hugging Face checkpoint.
 
     Raises:
         TypeError: ``checkpoints`` is not a list of these.
-        ValueError: it is empty.
+        ValueError: it is empty, or a path is not one checkpoint of a model.
         FileNotFoundError: a path that is not there.
     """
 

@@ -65,6 +65,8 @@ class PerExample:
         return {name: wide(own) for name, own in rows.items()}, values
 
     def _together(self, batch: Batch, of: str, names: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
+        if batches.has_fields(batch):
+            raise NotImplementedError("a batch holds lists or arrays, of which vmap would hand on all")
         wrapped = _Differentiated(self.task, self.model, of)
         n = batches.size(batch)
         mapped: list[Tensor] = []

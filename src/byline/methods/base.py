@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from byline import batches
+from byline import arrivals, batches
 from byline.engines.base import HERE, Engine, as_engine
 from byline.engines.local import Job, member_key, stream_rows, write_features
 from byline.engines.workbench import Collate, Workbench
@@ -99,6 +99,7 @@ class Attributor(ABC):
     """What the method takes as ``residual=`` beside "auto"."""
     train_side: ClassVar[str] = "loss"
     """Whose gradient is taken at the training example: "output", or "loss" for -∇ℓ."""
+    _differentiates: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -162,6 +163,7 @@ class Attributor(ABC):
         self._check_model()
         self._check_size(len(data))
         self._check_residual(len(data))
+        arrivals.check(self.task, data, "train_set", self.collate, batch_size=self.batch_size, of=self._asked(self._of))
         with phase(self.ledger, "fitting"), self.store.session():
             if self.store.place is None and self._train_set is not None and data is not self._train_set:
                 self.store = Store(None)
@@ -201,7 +203,7 @@ class Attributor(ABC):
             scores (n_test, n_train) with standard errors over members.
         """
         self._check_fitted()
-        data = batches.as_dataset(test_set, "test_set")
+        data = self._arrived(test_set)
         job = self._job(data, "test_set", "output")
         shape = (len(data), self.n_train_)
         folder = None if self.store.path is None else self.store.path / "scores"
@@ -221,7 +223,7 @@ class Attributor(ABC):
             where they are large.
         """
         self._check_fitted()
-        data = batches.as_dataset(test_set, "test_set")
+        data = self._arrived(test_set)
         folder = None if self.store.path is None else self.store.path / "scores"
         shape = (len(data), self.n_train_)
         count = len(self._voters)
@@ -258,7 +260,7 @@ class Attributor(ABC):
         """
         self._check_fitted()
         k = check_k(k, self.n_train_)
-        data = batches.as_dataset(test_set, "test_set")
+        data = self._arrived(test_set)
         with phase(self.ledger, "serving"):
             found = streaming.top(self, self._job(data, "test_set", "output"), k)
         return Ranking(*found, self.info(), self.n_train_)
@@ -462,6 +464,19 @@ class Attributor(ABC):
 
     # pieces for the methods
 
+    def _asked(self, of: str) -> str:
+        """What the first batch is tried with (`byline.arrivals.check`)."""
+        return of if self._differentiates else "nothing"
+
+    def _arrived(self, test_set: Any) -> Any:
+        """A test set whose first batch has been tried."""
+        data = batches.as_dataset(test_set, "test_set")
+        model, of = self._bench.model, self._asked("output")
+        arrivals.check(
+            self.task, data, "test_set", self.collate, model=model, batch_size=self.batch_size, of=of, given=test_set
+        )
+        return data
+
     @property
     def _of(self) -> str:
         # where -∇ℓ = Q ∇f, one stored gradient serves every method
@@ -648,6 +663,8 @@ class Attributor(ABC):
             )
 
     def _check_model(self) -> None:
+        if self._differentiates:
+            arrivals.check_parameters(self.task)
         for name, module in self.task.model.named_modules():
             if module.training:
                 raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from byline import batches
+from byline import arrivals, batches
 from byline.batches import Batch
 from byline.engines.local import Job
 from byline.engines.workbench import naming
@@ -59,8 +59,7 @@ class Tap:
     def run(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
         """What went into the layer, as it went in."""
         self.seen = None
-        with torch.no_grad():
-            task.output(model, batch)
+        arrivals.tried(task, model, batch, lambda given: task.output(model, given), "the batch")
         if self.seen is None:
             what = "an nn.Linear" if self.layer is None else f"the module {self.layer!r}"
             raise ValueError(
@@ -126,6 +125,8 @@ class WithoutGradients(Attributor):
     Raises:
         ValueError: one of those three is given.
     """
+
+    _differentiates = False
 
     def __init__(self, task: Task, ensemble: Ensemble, **options: Any):
         for name in ("features", "damping", "params"):
