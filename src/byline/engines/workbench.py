@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch.utils.data import default_collate
 
 from byline import batches
 from byline.ensembles.base import Change, Member
+from byline.ensembles.copies import copied
 from byline.ensembles.dropout import MaskChange, Sites, locate, located, refuse_without_sites
 from byline.features.capture import Capture, Verdict, attributed, calibrate
 from byline.task import ExampleError, Task
@@ -53,7 +53,7 @@ class Workbench:
         self.task = task
         own = next((p.device for p in task.model.parameters()), torch.device("cpu"))
         self.device = own if device is None else torch.device(device)
-        self.model = copy.deepcopy(task.model).to(self.device).eval()
+        self.model = copied(task.model).to(self.device).eval()
         # spread over the dataset, which may be sorted; never fewer than three, or a dimension of one could be anything
         last = len(dataset) - 1
         self.places = [0, last // 2, last]
@@ -92,11 +92,7 @@ class Workbench:
                 model = stack.enter_context(change.apply(model))
 
             def captured(of: str) -> Capture:
-                params = attributed(
-                    self.task,
-                    model,
-                    lambda name: member.selects(name) and (self.task.selects(name) or "lora_" in name),
-                )
+                params = attributed(self.task, model, lambda name: member.brings or self.task.selects(name))
                 key = (kinds, of, tuple(params))
                 if key not in self._verdicts:
                     with naming("train_set", self.places):

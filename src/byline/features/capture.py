@@ -22,7 +22,7 @@ from byline import batches
 from byline.batches import Batch
 from byline.features.blocks import Block, Flat, merge
 from byline.features.layers import SPATIAL, block_of, groups_of, rule_for
-from byline.task import Task
+from byline.task import Task, chosen
 
 log = logging.getLogger("byline")
 
@@ -358,14 +358,12 @@ def _check_separable(task: Task, model: nn.Module, batch: Batch, of: str) -> Non
 
 
 def attributed(task: Task, model: nn.Module, selects: Callable[[str], bool]) -> dict[str, nn.Parameter]:
-    """The parameters that count: trainable, chosen by the task and by the member.
+    """The parameters that count: trainable, and chosen by the task or brought by the member.
 
     Raises:
         ValueError: none is left.
     """
-    params = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad and selects(name)
-    }
+    params = chosen(model, selects)
     if not params:
         raise ValueError("no parameter is attributed: none is trainable and chosen by params=")
     return params
