@@ -110,6 +110,7 @@ def test_script_modules_are_copied():
         both = nn.Sequential(model, nn.Linear(3, 2))
         before = both(TRAIN.tensors[0]).detach()
         made = copied(both)
+        assert all(p.is_leaf and p.requires_grad for p in made.parameters())
         with torch.no_grad():
             for parameter in made.parameters():
                 parameter.zero_()

@@ -110,6 +110,10 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             f"the model cannot be copied{f' ({where})' if where else ''}: {str(error).splitlines()[0]}; expected a "
             "module that copy.deepcopy copies, because members take turns on a copy"
         ) from error
+    for parameter in made.parameters():
+        if not parameter.is_leaf:
+            # torch copies a ScriptModule's as the result of a computation on the model's own
+            parameter.detach_().requires_grad_()
     own, new = model.state_dict(), made.state_dict()
     odd = [name for name in {**own, **new} if not _same(own.get(name), new.get(name))]
     shared = {p.data_ptr() for p in own.values() if isinstance(p, Tensor) and p.numel() and p.device.type != "meta"}
