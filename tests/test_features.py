@@ -216,7 +216,7 @@ def test_directions_do_not_come_from_padding(features):
 
 def test_low_rank_beyond_memory_is_refused_before_it_starts(monkeypatch):
     made = build("mlp", train=20)
-    monkeypatch.setattr("byline.methods.kernels.available", lambda: 2500)
+    monkeypatch.setattr("byline.methods.kernels.os.sysconf", lambda name: 50)
     fitted = byline.TRAK(made.task, byline.Independent([made.model]), features=byline.LowRank(1), damping=1.0)
     fitted.fit(made.train)
     adapted = byline.train_lora(

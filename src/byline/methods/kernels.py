@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,9 @@ def check_room(n: int, features: Features) -> None:
     Raises:
         ValueError: says how much it would take, and which features take less.
     """
-    need, have = kernel_bytes(n), available()
+    need = kernel_bytes(n)
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**36
+    have = min(have, available())
     if need > 0.8 * have:
         raise ValueError(
             f"features is {features!r}, which needs a kernel of {n} × {n} training examples, about {need / 1e9:.0f} GB "
