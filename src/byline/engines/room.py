@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byline import batches
+from byline.engines.workbench import Workbench, counting
 from byline.ensembles.base import Member
 from byline.features import Exact, LowRank
 from byline.features.capture import Capture, Verdict, attributed
@@ -16,7 +17,6 @@ from byline.store import Store
 
 if TYPE_CHECKING:
     from byline.engines.local import Job, Plan
-    from byline.engines.workbench import Workbench
 
 _SHARE = 0.9  # of what is free
 
@@ -149,7 +149,7 @@ def _sizes(job: Job, member: Member, bench: Workbench) -> dict[str, int] | None:
     batch = batches.take(bench.probe, 0, 1)
     try:
         with bench.active(member, "gradient") as active:
-            chosen = attributed(job.task, active.model, lambda name: member.brings or job.task.selects(name))
+            chosen = attributed(job.task, active.model, counting(member, job.task))
             # what no rule covers is differentiated once; whether the rules are right makes no difference to sizes
             blocks = Capture(job.task, active.model, chosen, Verdict(vectorised=False))(batch, job.of)[2]
     except (RuntimeError, ValueError, IndexError, TypeError):

@@ -92,7 +92,7 @@ class Workbench:
                 model = stack.enter_context(change.apply(model))
 
             def captured(of: str) -> Capture:
-                params = attributed(self.task, model, lambda name: member.brings or self.task.selects(name))
+                params = attributed(self.task, model, counting(member, self.task))
                 key = (kinds, of, tuple(params))
                 if key not in self._verdicts:
                     with naming("train_set", self.places):
@@ -115,6 +115,11 @@ class Workbench:
                     self.examples,
                 )
         return self._sites[kinds]
+
+
+def counting(member: Member, task: Task) -> Callable[[str], bool]:
+    """Which trainable parameters of a member count, by name: the task's choice, or all that an adapter brings."""
+    return lambda name: member.selects(name) and (member.brings or task.selects(name))
 
 
 @contextmanager

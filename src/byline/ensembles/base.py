@@ -32,6 +32,10 @@ class Change(ABC):
     def apply(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """The model under this change, for as long as the context lasts."""
 
+    def selects(self, name: str) -> bool:
+        """Whether a trainable parameter of the changed model is attributed."""
+        return True
+
     brings: bool = False
     """Whether the attributed parameters are the change's own, whatever the task chooses: those it makes trainable."""
 
@@ -189,6 +193,10 @@ class Member:
             for change in self.chain(of):
                 model = stack.enter_context(change.apply(model))
             yield model
+
+    def selects(self, name: str) -> bool:
+        """Whether a trainable parameter of the changed model is attributed under this member's changes."""
+        return all(change.selects(name) for change in self.chain("gradient"))
 
     @property
     def brings(self) -> bool:
