@@ -93,19 +93,22 @@ class Side:
     f: np.ndarray
 
 
-def side(model: nn.Module, dataset: Any, values: Any, selects=lambda name: True, collate=default_collate) -> Side:
-    """Per-example gradients in float64; the model itself is left alone."""
-    model = copy.deepcopy(model).double()
+def side(
+    model: nn.Module, dataset: Any, values: Any, selects=lambda name: True, collate=default_collate, own=False
+) -> Side:
+    """Per-example gradients in float64, or with ``own=True`` of the model as it is; it is left alone."""
+    model = model if own else copy.deepcopy(model).double()
     chosen = [p for n, p in model.named_parameters() if p.requires_grad and selects(n)]
     rows: dict[str, list] = {"f": [], "l": [], "q": [], "v": []}
     for index in range(len(dataset)):
-        batch = double(collate([dataset[index]]))
+        batch = collate([dataset[index]])
+        batch = batch if own else double(batch)
         with torch.enable_grad():
             f, loss, q = values(model, batch)
         for key, value in (("f", f), ("l", loss)):
             grads = torch.autograd.grad(value, chosen, allow_unused=True, retain_graph=True)
             row = [torch.zeros_like(p) if g is None else g for p, g in zip(chosen, grads, strict=True)]
-            rows[key].append(torch.cat([g.flatten() for g in row]).numpy())
+            rows[key].append(torch.cat([g.flatten().double() for g in row]).numpy())
         rows["q"].append(float(q.detach()))
         rows["v"].append(float(f.detach()))
     return Side(np.stack(rows["f"]), np.stack(rows["l"]), np.array(rows["q"]), np.array(rows["v"]))

@@ -105,9 +105,7 @@ def gc(
     _say(f"removed {len(removed['files'])} files, {_size(removed['bytes'])}")
 
 
-@store_app.command(
-    epilog="Example:  byline store estimate fashion-mlp --features factorized:1024 --members 5 --masks 10"
-)
+@store_app.command(epilog="Example:  byline store estimate digits-mlp --features factorized:512 --masks 9")
 def estimate(
     setting: Annotated[str | None, typer.Argument(help="A setting's name, instead of --task and --train.")] = None,
     task: TaskAt = None,

@@ -25,6 +25,8 @@ ParamFilter = Callable[[str], bool] | Iterable[str]
 before_forward: ContextVar[Callable[[], None]] = ContextVar("byline_before_forward", default=lambda: None)
 """Called before the task runs the model: what counts along a forward pass starts anew."""
 
+_QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized")
+
 
 class Task:
     """What is explained.
@@ -57,7 +59,8 @@ class Task:
             output has the loss ``-output``.
         residual: ``f(model, batch) -> (B,)``, TRAK's Q for a callable output. Without one the output is read as a
             margin: ``1 - sigmoid(output)``.
-        params: which parameters count: ``f(name) -> bool`` or glob patterns of names. All trainable ones by default.
+        params: which parameters count: ``f(name) -> bool`` or glob patterns of names. All trainable ones by default. A
+            parameter that has several names (a tied weight) counts where any of them is chosen.
 
     The residual of classification is ``1 - p``, of regression ``y - f``, of means over tokens or labels the mean of
     ``1 - p``, and 1 where the output is minus the loss: each is ``-∂ℓ/∂f`` (Park et al. 2023, TRAK, section 3).
@@ -207,12 +210,37 @@ class Task:
         patterns = [self._params] if isinstance(self._params, str) else self._params
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
+    def chosen(self) -> dict[str, nn.Parameter]:
+        """The attributed parameters of the task's model: trainable, and chosen by one of their names.
+
+        Raises:
+            ValueError: none is left, a pattern matches no name, or a parameter has no real gradient.
+        """
+        if self._params is not None and not callable(self._params) and not isinstance(self._params, str):
+            names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+            for pattern in self._params:
+                if len(self._params) > 1 and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                    raise ValueError(
+                        f"params has {pattern!r}, which matches no parameter of the model; expected patterns of names "
+                        f"such as {', '.join(map(repr, names[:6]))}"
+                    )
+        params = chosen(self.model, self.selects)
+        if not params:
+            raise ValueError("no parameter is attributed: none is trainable and chosen by params=")
+        odd = next((name for name, p in params.items() if p.is_complex()), None)
+        if odd is not None:
+            raise ValueError(
+                f"parameter {odd!r} is {str(params[odd].dtype).removeprefix('torch.')}; expected real ones: keep its "
+                "real and imaginary parts apart, or leave it out with params="
+            )
+        return params
+
     def fingerprint(self) -> dict[str, str]:
         """What identifies the task in a store: its model's structure and its output, loss and residual."""
         named = self._output
+        counted = chosen(self.model, self.selects)
         structure = [repr(self.model)] + [
-            f"{name}{tuple(p.shape)}{p.dtype}{p.requires_grad and self.selects(name)}"
-            for name, p in self.model.named_parameters()
+            f"{name}{tuple(p.shape)}{p.dtype}{name in counted}" for name, p in self.model.named_parameters()
         ]
         parts = {
             "model": hashlib.sha256("\n".join(structure).encode()).hexdigest(),
@@ -223,13 +251,40 @@ class Task:
         return parts
 
     def __repr__(self) -> str:
-        count = sum(p.numel() for n, p in self.model.named_parameters() if p.requires_grad and self.selects(n))
+        count = sum(p.numel() for p in chosen(self.model, self.selects).values())
         return f"Task({type(self.model).__name__}, output={self.name!r}, {count:,} attributed parameters)"
+
+
+def chosen(model: nn.Module, selects: Callable[[str], bool]) -> dict[str, nn.Parameter]:
+    """The trainable parameters of which any name is chosen, by their first name; a tied weight has several."""
+    names: dict[int, list[str]] = {}
+    kept: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names.setdefault(id(parameter), []).append(name)
+            kept[id(parameter)] = parameter
+    return {own[0]: kept[key] for key, own in names.items() if any(selects(name) for name in own)}
 
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    lazy = next((n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
+    if lazy is not None:
+        raise ValueError(f"parameter {lazy!r} has no shape yet; expected a lazy model to have run on a batch once")
+    for name, module in model.named_modules():
+        where = f"{name!r}" if name else "the model itself"
+        if type(module).__module__.startswith(_QUANTISED):
+            raise ValueError(
+                f"the model has a quantised layer ({where}, {type(module).__name__}), which has no gradient; expected "
+                "the model as it was before it was quantised"
+            )
+        # PEFT's layers: what is merged gets no gradient, and would only count as zeros
+        if getattr(module, "merged_adapters", None):
+            raise ValueError(
+                f"the model has an adapter merged into its weights ({where}), which gets no gradient; call "
+                "unmerge_adapter() on it first, or keep it merged with merge_and_unload() and explain its own weights"
+            )
 
 
 def source_of(value: Any, depth: int = 4) -> str:

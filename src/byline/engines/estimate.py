@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import default_collate
+from torch.utils.data import Subset, TensorDataset, default_collate
 
 from byline import batches
-from byline.engines.local import Job, Unit, do
+from byline.engines.local import Job, Unit, do, plan
 from byline.engines.workbench import Collate, Workbench
 from byline.ensembles.base import Ensemble, Member, as_ensemble, check_count
 from byline.features import Exact, Features
@@ -22,6 +24,8 @@ from byline.store.quantize import SCALE
 from byline.task import Task
 
 _BATCHES = 3
+_LONG = 1.0  # seconds beside which what only the first call takes is small
+_TIMED, _MOST = 0.3, 50  # seconds, or batches, of which the mean is taken
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def estimate(
         of: whose gradient: "output" or "loss".
 
     Returns:
-        bytes, FLOPs and seconds of `fit`; members are taken to be alike, and batches too.
+        bytes, FLOPs and seconds of `fit`; members are taken to be alike, and batches too. It takes a few seconds, or
+        as long as a few batches do where those take longer.
     """
     data = batches.as_dataset(train_set, "train_set")
     features = Exact() if features is None else features
@@ -81,26 +86,37 @@ def estimate(
     members = as_ensemble(ensemble).members()
     distinct = list({m.identity("gradient"): m for m in reversed(members)}.values())[::-1]
     n = len(data)
-    chunks = range(-(-n // batch_size))[:_BATCHES]
-    few = min(n, len(chunks) * batch_size)
-    bench = Workbench(task, data, collate)
-    ledger, store = Ledger(), Store(None)
-    job = Job(task, features, data, "train_set", batch_size, of, collate, ledger, False)
+    size = min(batch_size, n)
+    chunks = range(n // size)[:_BATCHES]
+    bench, store = Workbench(task, data, collate), Store(None)
+    job = Job(task, features, data, "train_set", batch_size, of, collate, None, False)
     # one, another mask of the same model, and another model: what they have in common is kept once
     like = [m for m in distinct if m.weights.digest() == distinct[0].weights.digest()][:2]
     like += [m for m in distinct if m.weights.digest() != distinct[0].weights.digest()][:1]
+    # masks of one model run side by side
+    group = next(unit.members for unit in plan(job, distinct, store).units if unit.kind == "rows")
     before = _peak(reset=True)
-    learning, computing, flops = 0.0, 0.0, 0.0
-    for member in like:
-        first = Unit("learn", (member,), min(batch_size, n))
-        # the first call of all finds out how the model's layers are to be differentiated
+    part = (
+        TensorDataset(*(t[:size] for t in data.tensors)) if type(data) is TensorDataset else Subset(data, range(size))
+    )
+    reading = _seconds(lambda: batches.fingerprint(part)) * n / size
+    calibrating = _seconds(lambda: _calibrate(bench, group[0], of))
+    if calibrating < _LONG:
+        # the first pass of all makes the machinery warm, which takes longer than a small model does
+        with bench.active(group[0], "gradient") as active:
+            active.capture(of)(job.batch(0, size, bench.device), of)
+        calibrating = _seconds(lambda: _calibrate(Workbench(task, data, collate), group[0], of))
+    learning = 0.0
+    for member in {id(m): m for m in (*like, *group)}.values():
+        first = Unit("learn", (member,), size)
         with bench.active(member, "gradient") as active:
             active.capture(of)
-        started = time.perf_counter()
-        do(job, first, store, bench)
-        learning, started = time.perf_counter() - started, time.perf_counter()
-        flops = do(job, replace(first, kind="rows", missing=(tuple(chunks),)), store, bench)
-        computing = time.perf_counter() - started
+        learning = _seconds(partial(do, job, first, store, bench))
+    counted = replace(job, ledger=Ledger())
+    flops = do(counted, Unit("rows", (like[0],), size, ((0,),)), store, bench)
+    for member in like[1:]:
+        do(job, Unit("rows", (member,), size, ((0,),)), store, bench)
+    computing = _per_chunk(job, group, size, chunks, store, bench) / len(group)
     residuals = len({m.identity("residual") for m in members} - {m.identity("gradient") for m in distinct})
     entry = store.record(job.key(like[0])) or {}
     arrays = {name: Spec.of(content).nbytes for name, content in entry["arrays"].items()}
@@ -123,9 +139,41 @@ def estimate(
         bytes_per_member=each,
         memory=max(before, _peak()) + kernel,
         kernel=kernel,
-        flops=flops * n / few * count,
-        seconds=(learning + computing * n / few) * count + computing * n / few / 3 * residuals,
+        flops=flops * n / size * count,
+        seconds=reading
+        + calibrating
+        + (learning + computing * n / size) * count
+        + computing * n / size / 3 * residuals,
     )
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _calibrate(bench: Workbench, member: Member, of: str) -> None:
+    """What fitting does once for all members of one structure: it finds out how layers are to be differentiated."""
+    with bench.active(member, "gradient") as active:
+        active.capture(of)
+
+
+def _per_chunk(
+    job: Job, group: Sequence[Member], size: int, chunks: Sequence[int], store: Store, bench: Workbench
+) -> float:
+    """Seconds that members side by side take for a chunk, once everything is warm."""
+
+    def one(chunk: int) -> float:
+        return _seconds(lambda: do(job, Unit("rows", tuple(group), size, ((chunk,),) * len(group)), store, bench))
+
+    first = one(chunks[0])
+    if first > _TIMED:
+        return first
+    taken: list[float] = []
+    while sum(taken) < _TIMED and len(taken) < _MOST:
+        taken.append(one(chunks[len(taken) % len(chunks)]))
+    return sum(taken) / len(taken)
 
 
 def _shared(store: Store, job: Job, members: list[Member]) -> list[str]:

@@ -21,6 +21,7 @@ from torch.utils.data import default_collate
 
 from byline import batches
 from byline.engines.base import HERE, Engine, Work
+from byline.engines.room import check_rows
 from byline.engines.workbench import Active, Collate, Workbench, naming
 from byline.ensembles.base import Member
 from byline.ensembles.dropout import MaskChange
@@ -243,14 +244,20 @@ def shared_device(device: torch.device) -> str:
     return device.type
 
 
-def write_features(job: Job, members: Sequence[Member], store: Store, bench: Workbench, engine: Engine = HERE) -> None:
-    """Compute what the store lacks: features, outputs and residuals of every member, each distinct one once."""
+def write_features(
+    job: Job, members: Sequence[Member], store: Store, bench: Workbench, engine: Engine = HERE, beside: int = 0
+) -> None:
+    """Compute what the store lacks: features, outputs and residuals of every member, each distinct one once.
+
+    ``beside`` is what the method needs in memory beside the rows, in bytes.
+    """
     verify(job, members, store, bench)
     if not plan(job, members, store):
         return
     with store.writing():
         # with the lock the manifest has been read again
         found = plan(job, members, store)
+        check_rows(job, found, store, bench, beside)
         stages = found.stages(len(job.dataset), engine.processes())
         with bar(sum(unit.steps for unit in found.units), "features", job.progress) as advance:
             work = Writing(job, members, store, bench)

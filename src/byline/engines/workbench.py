@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from torch.utils.data import default_collate
 from byline import batches
 from byline.engines.company import Company, naming
 from byline.ensembles.base import Change, Member
+from byline.ensembles.copies import copied
 from byline.ensembles.dropout import MaskChange, Sites, locate, located, only, refuse_without_sites
 from byline.features.calibrate import calibrate
 from byline.features.capture import Capture, attributed
@@ -79,24 +79,24 @@ class Workbench:
     @property
     def model(self) -> nn.Module:
         """A copy of the task's model, to look at."""
-        with self._copy() as copied:
-            return copied.model
+        with self._copy() as lent:
+            return lent.model
 
     @contextmanager
     def _copy(self) -> Iterator[_Copy]:
         try:
-            copied = self._free.pop()
+            lent = self._free.pop()
         except IndexError:
-            copied = _Copy(copy.deepcopy(self.task.model).to(self.device).eval())
+            lent = _Copy(copied(self.task.model).to(self.device).eval())
         try:
-            with eager(copied.model):
-                yield copied
+            with eager(lent.model):
+                yield lent
         except GeneratorExit:
             # whoever asked has seen enough, and everything was undone on the way here
-            self._free.append(copied)
+            self._free.append(lent)
             raise
         else:
-            self._free.append(copied)
+            self._free.append(lent)
 
     @contextmanager
     def active(self, member: Member, chain: str, beside: Sequence[Member] = ()) -> Iterator[Active]:
@@ -110,12 +110,12 @@ class Workbench:
         Raises:
             ValueError: what its model says of an example depends on the others in the batch.
         """
-        with self._copy() as copied:
-            if copied.loaded != member.weights.digest():
-                copied.loaded = None
-                member.weights.into(copied.model, self.task.model)
-                copied.loaded = member.weights.digest()
-            yield from self._under(copied.model, member, chain, beside)
+        with self._copy() as lent:
+            if lent.loaded != member.weights.digest():
+                lent.loaded = None
+                member.weights.into(lent.model, self.task.model)
+                lent.loaded = member.weights.digest()
+            yield from self._under(lent.model, member, chain, beside)
 
     def _under(self, model: nn.Module, member: Member, chain: str, beside: Sequence[Member]) -> Iterator[Active]:
         changes = list(member.chain(chain))
@@ -137,11 +137,7 @@ class Workbench:
                 self._checked.add((kinds, chain))
 
             def captured(of: str) -> Capture:
-                params = attributed(
-                    self.task,
-                    model,
-                    lambda name: member.selects(name) and (self.task.selects(name) or "lora_" in name),
-                )
+                params = attributed(self.task, model, counting(member, self.task))
                 key = (kinds, of, tuple(params))
                 if key not in self._verdicts:
                     with naming("train_set", self.places):
@@ -165,6 +161,11 @@ class Workbench:
                     self.examples,
                 )
         return self._sites[kinds]
+
+
+def counting(member: Member, task: Task) -> Callable[[str], bool]:
+    """Which trainable parameters of a member count, by name: the task's choice, or all that an adapter brings."""
+    return lambda name: member.selects(name) and (member.brings or task.selects(name))
 
 
 @dataclass

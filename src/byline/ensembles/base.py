@@ -37,8 +37,11 @@ class Change(ABC):
         """The model under this change, for as long as the context lasts."""
 
     def selects(self, name: str) -> bool:
-        """Whether a parameter of the changed model is attributed."""
+        """Whether a trainable parameter of the changed model is attributed."""
         return True
+
+    brings: bool = False
+    """Whether the attributed parameters are the change's own, whatever the task chooses: those it makes trainable."""
 
     def structure(self) -> str:
         """What kind of change it is: changes of one structure give models whose layers are the same."""
@@ -61,6 +64,8 @@ class Weights:
             self.source = checkpoints.locate(Path(source), name)
             self._origin = str(self.source)
         elif isinstance(source, nn.Module) or hasattr(source, "items"):
+            if isinstance(source, nn.Module):
+                check_unmerged(source, name)
             content = source if isinstance(source, nn.Module) else dict(source.items())
             found = self._found(content, self._origin)
             self.source = {
@@ -225,8 +230,13 @@ class Member:
             yield model
 
     def selects(self, name: str) -> bool:
-        """Whether a parameter of the changed model is attributed under this member's changes."""
+        """Whether a trainable parameter of the changed model is attributed under this member's changes."""
         return all(change.selects(name) for change in self.chain("gradient"))
+
+    @property
+    def brings(self) -> bool:
+        """Whether the attributed parameters come with a change (an adapter), and are all that are trainable."""
+        return any(change.brings for change in self.chain("gradient"))
 
     def under(self, change: Change, label: str, forward_only: bool = False) -> Member:
         """This member under one more change; forward-only keeps the gradients as they were."""
@@ -314,6 +324,19 @@ def as_ensemble(value: Any, name: str = "ensemble") -> Ensemble:
     if len(value) == 0:
         raise ValueError(f"{name} has no members; expected at least one")
     return value
+
+
+def check_unmerged(model: nn.Module, name: str) -> None:
+    """Refuse a model of PEFT whose adapter is merged: its weights are the base's and the adapter's at once.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    if any(getattr(module, "merged_adapters", None) for module in model.modules()):
+        raise ValueError(
+            f"{name} has an adapter that is merged into its weights; expected an unmerged one: call unmerge_adapter(), "
+            "or take merge_and_unload() as a model without an adapter"
+        )
 
 
 def check_seed(seed: Any) -> int:

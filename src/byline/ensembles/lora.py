@@ -1,12 +1,12 @@
 """LORA ENSEMBLE: L low-rank fine-tunes of each trained model (arXiv 2405.17293, section 3.2), by PEFT.
 
-A member's features are the gradients of its adapter's weights alone (rank · (inputs + outputs) per layer), so they are
-as small as the adapter; the trained model's weights are kept once.
+A member's features are the gradients of what its adapter brings and nothing else (of LoRA, rank · (inputs + outputs)
+per layer), so they are as small as the adapter; the trained model's weights are kept once. PEFT puts adapters in and
+fills them, whatever their kind; what it makes trainable is what counts.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
@@ -21,12 +21,41 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, default_collate
 
 from byline import batches
-from byline.ensembles.base import Change, Ensemble, Member, Weights, as_ensemble, check_count, check_seed
+from byline.ensembles.base import (
+    Change,
+    Ensemble,
+    Member,
+    Weights,
+    as_ensemble,
+    check_count,
+    check_seed,
+    check_unmerged,
+)
+from byline.ensembles.copies import copied
 
 if TYPE_CHECKING:
     from byline.task import Task
 
 _SUPPORTED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
+
+KINDS = (
+    "ADALORA",
+    "BOFT",
+    "C3A",
+    "FOURIERFT",
+    "HRA",
+    "IA3",
+    "LN_TUNING",
+    "LOHA",
+    "LOKR",
+    "LORA",
+    "OFT",
+    "TRAINABLE_TOKENS",
+)
+"""PEFT's adapters that live in the model's layers; each is held against PEFT's own model in the tests."""
+_PREFIX = "base_model.model."
+# what `init_lora_weights` may say for the base's weights to stay as they are
+_HARMLESS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 @dataclass(frozen=True)
@@ -54,27 +83,44 @@ class Adapter:
         config = json.loads((folder / "adapter_config.json").read_text())
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            _check_kind(config)
             return cls(config, tensors, (file.metadata() or {}).get("byline_base"))
 
     @classmethod
-    def of(cls, value: Any) -> Adapter:
-        """An adapter as it comes: an `Adapter`, a folder as PEFT saves it, or a PEFT model with one adapter.
+    def of(cls, value: Any, name: str | None = None) -> Adapter:
+        """An adapter as it comes: an `Adapter`, a folder as PEFT saves it, or a PEFT model.
+
+        Args:
+            value: one of these.
+            name: of the adapter in a PEFT model that holds several.
 
         Raises:
             TypeError: anything else.
+            ValueError: a PEFT model with several adapters and no name, with a merged one, or none of that name.
         """
         if isinstance(value, cls):
             return value
         if isinstance(value, str | Path):
             return cls.load(value)
-        if isinstance(value, nn.Module) and len(getattr(value, "peft_config", {})) == 1:
-            from peft import get_peft_model_state_dict
-
-            configs: Any = value.peft_config
-            config, tensors = next(iter(configs.values())), get_peft_model_state_dict(value)
-            plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-            return cls(json.loads(json.dumps(plain, default=str)), {k: v.detach().clone() for k, v in tensors.items()})
-        raise TypeError(f"an adapter is a {type(value).__name__}; expected a folder as PEFT saves it or a PEFT model")
+        configs: Any = getattr(value, "peft_config", None)
+        if not isinstance(value, nn.Module) or not configs:
+            merged = " (merge_and_unload() leaves none)" if isinstance(value, nn.Module) else ""
+            raise TypeError(
+                f"an adapter is a {type(value).__name__}; expected a folder as PEFT saves it, or a PEFT model{merged}"
+            )
+        if name is None and len(configs) > 1:
+            raise ValueError(
+                f"a PEFT model holds the adapters {', '.join(map(repr, configs))}; expected one: take "
+                f"byline.ensembles.lora.Adapter.of(model, {next(iter(configs))!r}), for each that is to be a member"
+            )
+        name = next(iter(configs)) if name is None else name
+        if name not in configs:
+            raise ValueError(f"no adapter {name!r} in the PEFT model; there are {', '.join(map(repr, configs))}")
+        check_unmerged(value, "a PEFT model")
+        plain = {k: sorted(v) if isinstance(v, set) else v for k, v in configs[name].to_dict().items()}
+        config = json.loads(json.dumps(plain, default=str))
+        _check_kind(config)
+        return cls(config, _tensors(value, name))
 
     def save(self, path: str | Path) -> None:
         """Write a folder that PEFT reads."""
@@ -105,59 +151,103 @@ class AdapterChange(Change):
         """The layers that are adapted, and how."""
         return f"adapter {json.dumps(self.adapter.config, sort_keys=True, default=str)}"
 
-    def selects(self, name: str) -> bool:
-        """Only the adapter's weights are attributed."""
-        return "lora_" in name
+    brings = True
 
     @contextmanager
     def apply(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The model with the adapter injected; the base's weights are shared, not copied."""
+        """The model with the adapter injected; the base's weights are shared where nothing writes to them."""
         try:
-            changed = inject(model, self.adapter.config)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.name} does not fit the task's model: {error}") from error
-        own = {key for key, _ in changed.named_parameters() if self.selects(key)}
-        given = {_inside(key): value for key, value in self.adapter.tensors.items()}
-        if own != set(given):
-            odd = sorted(own ^ set(given))[:4]
-            raise ValueError(f"{self.name} does not fit the task's model; keys that differ: {', '.join(odd)}")
-        state = dict(changed.named_parameters())
-        with torch.no_grad():
-            for key, value in given.items():
-                if state[key].shape != value.shape:
-                    raise ValueError(
-                        f"{self.name} does not fit the task's model; {key} has shape {tuple(value.shape)} instead of "
-                        f"{tuple(state[key].shape)}"
-                    )
-                state[key].copy_(value)
+            changed = inject(model, self.adapter.config, self.adapter.tensors)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"{self.name} does not fit the task's model: {said}") from error
         yield changed
 
 
-def _inside(key: str) -> str:
-    """A name in PEFT's file as the name of the injected parameter."""
-    key = key.removeprefix("base_model.model.")
-    return re.sub(r"(lora_\w+?)(\.weight|\.bias)?$", lambda m: f"{m[1]}.default{m[2] or ''}", key)
+def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """An adapter's tensors under the names that PEFT's files give them."""
+    from peft import get_peft_model_state_dict
+
+    # what PEFT would look up elsewhere is whether the embedding was resized, and then the base is another
+    found = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {
+        key if key.startswith(_PREFIX) else f"{_PREFIX}{key}": value.detach().clone() for key, value in found.items()
+    }
 
 
-def _outside(key: str) -> str:
-    """The name of an injected parameter as PEFT writes it."""
-    return "base_model.model." + key.replace(".default", "")
+def _check_kind(config: Mapping[str, Any]) -> None:
+    """Refuse adapters that are not layers of the model, or that PEFT does not give back as they were."""
+    kind, start = str(config.get("peft_type", "LORA")).rpartition(".")[2], config.get("init_lora_weights")
+    if kind not in KINDS:
+        raise ValueError(
+            f"an adapter's peft_type is {kind!r}, which byline.LoRA cannot put into a model's layers; expected one "
+            f"of {', '.join(KINDS)}, or the PEFT model itself as byline.Task(peft_model)"
+        )
+    if isinstance(start, str) and start not in _HARMLESS and start.lower() not in ("olora", "pissa"):
+        raise ValueError(
+            f"an adapter was trained on a base that init_lora_weights={start!r} had changed in a way that cannot be "
+            "repeated; save it with save_pretrained(folder, path_initial_model_for_weight_conversion=...), which makes "
+            "it an adapter of the unchanged base"
+        )
+    if config.get("alora_invocation_tokens"):
+        raise ValueError(
+            "an adapter has alora_invocation_tokens, which only PEFT's own model looks at; expected a plain LoRA, or "
+            "the PEFT model itself as byline.Task(peft_model)"
+        )
 
 
-def inject(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
-    """A copy on the same weights with LoRA layers in it, in eval mode; only they are trainable."""
-    from peft import LoraConfig, inject_adapter_in_model
+def inject(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """A copy with an adapter's layers in it, in eval mode; what the adapter brings is trainable, and nothing else.
 
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise ValueError(f"its peft_type is {kind!r}; expected 'LORA'")
-    known = {k: v for k, v in config.items() if k in LoraConfig.__dataclass_fields__ and v is not None}
+    Args:
+        model: the base, which stays as it is. Its weights are shared unless the adapter writes to them.
+        config: of the adapter, as PEFT writes it.
+        tensors: of the adapter; without them it is as PEFT initialises it.
+
+    Raises:
+        ValueError: PEFT cannot put the adapter into this model, or the tensors are not those of such an adapter.
+    """
+    from peft import PeftType, inject_adapter_in_model, set_peft_model_state_dict
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    _check_kind(config)
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            "it holds PEFT's layers already (get_peft_model changes the model it is given); expected the base without "
+            "them, such as a copy.deepcopy from before, or what unload() gives"
+        )
+    kind = str(config.get("peft_type", "LORA")).rpartition(".")[2]
+    made_of = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+    known = {k: v for k, v in config.items() if k in made_of.__dataclass_fields__ and v is not None}
     known.pop("peft_type", None)
     known["inference_mode"] = False
-    changed = inject_adapter_in_model(LoraConfig(**known), copy.deepcopy(model, _sharing(model)))
-    for name, parameter in changed.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+    given = dict(tensors or {})
+    start = config.get("init_lora_weights")
+    # PEFT writes to the base where it starts from its singular vectors, or where a file holds weights of its layers
+    shares = kind == "LORA" and start in _HARMLESS and all("lora_" in key for key in given)
+    changed = inject_adapter_in_model(made_of(**known), copied(model, _sharing(model) if shares else None))
+    if tensors is not None:
+        _fill(changed, given, set_peft_model_state_dict)
     return changed.eval()
+
+
+def _fill(changed: nn.Module, given: dict[str, Tensor], load: Callable[..., Any]) -> None:
+    """Have PEFT load an adapter's tensors, and see that all came to their places and no place is left."""
+    names = {key.removeprefix(_PREFIX) for key in given}
+    own = {key.removeprefix(_PREFIX): value for key, value in _tensors(changed, "default").items()}
+    # a file may hold the base's embedding beside the adapter's
+    odd = sorted((set(own) - names) | {name for name in names - set(own) if "base_layer" not in name})
+    if odd:
+        raise ValueError(f"keys that differ: {', '.join(odd[:4])}")
+    # AdaLoRA's layers take the ranks that it ended with
+    ranks = any("lora_E" in name for name in own)
+    for key, value in given.items():
+        name = key.removeprefix(_PREFIX)
+        if name in own and not ranks and own[name].shape != value.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)} instead of {tuple(own[name].shape)}")
+    found = load(changed, {key.removeprefix(_PREFIX): value for key, value in given.items()})
+    if found.unexpected_keys:
+        raise ValueError(f"keys that differ: {', '.join(sorted(found.unexpected_keys)[:4])}")
 
 
 def _sharing(model: nn.Module) -> dict[int, Any]:
@@ -225,12 +315,21 @@ class LoRA(Ensemble):
     def validate(self, model: nn.Module) -> None:
         """Validate the base, and hold the adapters against it."""
         self.base.validate(model)
+        seen: set[tuple[Any, ...]] = set()
+        for member in self.members():
+            change = member.changes[-1]
+            assert isinstance(change, AdapterChange)
+            form = change.structure(), *sorted((k, tuple(v.shape)) for k, v in change.adapter.tensors.items())
+            if form not in seen and not any(one.brings for one in member.changes[:-1]):
+                seen.add(form)
+                with change.apply(model):
+                    pass
         known = [
             (m, row) for m, row in zip(self.base.members(), self.adapters, strict=True) if any(a.base for a in row)
         ]
         if not known:
             return
-        scratch = copy.deepcopy(model)
+        scratch = copied(model)
         for member, row in known:
             member.weights.check(model)
             member.weights.into(scratch, model)
@@ -370,7 +469,7 @@ def _train_one(
     number = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:6], "little")
     with torch.random.fork_rng():
         torch.manual_seed(number)
-        model = copy.deepcopy(task.model)
+        model = copied(task.model)
         weights.into(model)
         base = base_digest(model)
         model = inject(model, config)
@@ -392,7 +491,7 @@ def _train_one(
                 task.loss(model, batch).mean().backward()
                 optimizer.step()
                 schedule.step()
-    tensors = {_outside(name): p.detach().clone() for name, p in trained.items()}
+    tensors = _tensors(model, "default")
     if not all(bool(t.isfinite().all()) for t in tensors.values()):
         raise ValueError(f"training the adapters diverged at lr={lr}; expected finite weights, try a smaller lr")
     return Adapter(config, tensors, base)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from torch.utils.data import Subset
 from byline import batches
 from byline.batches import Batch
 from byline.engines.base import Engine, Work, as_engine
+from byline.ensembles.copies import copied
 from byline.evaluate.bank import Bank, read, write
 from byline.evaluate.measure import is_whole
 from byline.ledger import Cost, Ledger
@@ -260,7 +260,7 @@ def model_of(task: HasOutput, trained: Any) -> nn.Module:
     if isinstance(trained, Run):
         trained = trained.state_dict
     if isinstance(trained, Mapping):
-        model = deepcopy(task.model)
+        model = copied(task.model)
         model.load_state_dict(dict(trained))
     elif isinstance(trained, nn.Module):
         model = trained

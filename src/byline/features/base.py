@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
@@ -59,6 +60,21 @@ class Features(ABC):
         """What `width` is at least, from the forms of the parameters; None where rows are no vectors."""
         return 0 if self.linear else None
 
+    def row_bytes(self, blocks: dict[str, Block]) -> dict[str, int] | None:
+        """Bytes that are kept of an example, before anything is learnt; None where that cannot be said.
+
+        Args:
+            blocks: of one example.
+
+        Returns:
+            those of "rows", and of "inputs", which members that differ in a mask may have in common.
+        """
+        return None
+
+    def learnt_bytes(self, blocks: dict[str, Block]) -> int:
+        """Bytes that are held while the features learn, where they are many."""
+        return 0
+
     def diagonal(self, a: Rows, b: Rows) -> Tensor:
         """(B,) inner products of pairs of rows."""
         return (a["rows"] * b["rows"]).sum(1)
@@ -101,6 +117,17 @@ def widened(rows: Rows) -> Rows:
     """Half precisions as float32: what the store keeps, so that test rows are of the same kind."""
     half = (torch.bfloat16, torch.float16)
     return {name: value.float() if value.dtype in half else value for name, value in rows.items()}
+
+
+def bytes_of(forms: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str, int]:
+    """What `Features.row_bytes` gives, from the forms of one example's rows."""
+    out = {"rows": 0, "inputs": 0}
+    for name, form in forms.items():
+        numbers = math.prod(form)
+        size = 8 * numbers if name.endswith(":ids") else {"float16": 2, "int8": 1}.get(dtype, 4) * numbers
+        scales = 0 if dtype == "float32" or name.endswith(":ids") else 4 * math.prod(form[:-1])
+        out["inputs" if name.endswith((":right", ":ids")) else "rows"] += size + scales
+    return out
 
 
 def check_dtype(dtype: Any) -> str:

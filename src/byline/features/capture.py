@@ -36,7 +36,7 @@ from byline.features.layouts import Layout, Weights, folded
 from byline.features.totals import Totals
 from byline.features.tracing import Call, Site, repeated, traced
 from byline.features.verdict import Sites, Verdict
-from byline.task import ExampleError, Task
+from byline.task import ExampleError, Task, chosen
 
 log = logging.getLogger("byline")
 
@@ -373,14 +373,12 @@ def _merged(found: dict[tuple[str, ...], list[Block]], late: set[str]) -> dict[s
 
 
 def attributed(task: Task, model: nn.Module, selects: Callable[[str], bool]) -> dict[str, nn.Parameter]:
-    """The parameters that count: trainable, chosen by the task and by the member.
+    """The parameters that count: trainable, and chosen by the task or brought by the member.
 
     Raises:
         ValueError: none is left.
     """
-    params = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad and selects(name)
-    }
+    params = chosen(model, selects)
     if not params:
         raise ValueError("no parameter is attributed: none is trainable and chosen by params=")
     return params

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byline.features.base import Features, Rows, State, check_dim, check_dtype, seeded, widened
+from byline.features.base import Features, Rows, State, bytes_of, check_dim, check_dtype, seeded, widened
 from byline.features.blocks import Block
 
 _KINDS = ("rademacher", "gaussian", "sjlt")
@@ -44,6 +44,10 @@ class Dense(Features):
 
     def __repr__(self) -> str:
         return super().__repr__().replace("projection=", "kind=")
+
+    def row_bytes(self, blocks: dict[str, Block]) -> dict[str, int]:
+        """Of the columns."""
+        return bytes_of({"rows": (self.dim,)}, self.dtype)
 
     def rows(self, blocks: dict[str, Block], state: State) -> Rows:
         """(B, dim)."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byline.features.base import Features, Passes, Products, Rows, State, check_dtype, widened
+from byline.features.base import Features, Passes, Products, Rows, State, bytes_of, check_dtype, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
 
 _AT_ONCE = 2**24  # numbers of an intermediate result: 64 MB in float32
@@ -91,6 +91,11 @@ class Exact(Kernels):
             f"flat/{name}": torch.tensor(isinstance(block, Flat) or (isinstance(block, Outer) and block.smaller_flat))
             for name, block in blocks.items()
         }
+
+    def row_bytes(self, blocks: dict[str, Block]) -> dict[str, int]:
+        """Of the factors, or of the gradient where it is smaller."""
+        rows = self.rows(blocks, self.learn(lambda indices: iter([blocks]), 1))
+        return bytes_of({name: tuple(value.shape[1:]) for name, value in rows.items()}, self.dtype)
 
     def rows(self, blocks: dict[str, Block], state: State) -> Rows:
         """The factors of every block, or its gradient."""

@@ -15,7 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byline.features.base import Features, Passes, Rows, State, check_dim, check_dtype, sampled, seeded, widened
+from byline.features.base import (
+    Features,
+    Passes,
+    Rows,
+    State,
+    bytes_of,
+    check_dim,
+    check_dtype,
+    sampled,
+    seeded,
+    widened,
+)
 from byline.features.blocks import Block, Flat, Lookup, Outer
 from byline.features.directions import leading, onto, product, projected, strongest, used_positions
 
@@ -48,6 +59,10 @@ class Factorized(Features):
     def learn(self, passes: Passes, length: int) -> State:
         """The projections of every block."""
         return self._random(next(iter(passes([0])))) if self.basis == "random" else self._pca(passes, length)
+
+    def row_bytes(self, blocks: dict[str, Block]) -> dict[str, int]:
+        """Of the columns."""
+        return bytes_of({"rows": (self.dim,)}, self.dtype)
 
     def rows(self, blocks: dict[str, Block], state: State) -> Rows:
         """(B, dim) or fewer."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byline.features.base import Passes, Rows, State, check_dim, check_dtype, sampled, seeded, widened
+from byline.features.base import Passes, Rows, State, bytes_of, check_dim, check_dtype, sampled, seeded, widened
 from byline.features.blocks import Block, Flat, Lookup, Outer
 from byline.features.directions import entries, leading, onto, product, projected, strongest, used_positions
 from byline.features.exact import Kernels
@@ -100,6 +100,25 @@ class LowRank(Kernels):
             found = strongest(grids, groups, self.columns)
             state.update({f"pairs/{name}": found.get(name, none) for name in groups})
         return state
+
+    def row_bytes(self, blocks: dict[str, Block]) -> dict[str, int]:
+        """Of the factors in as many directions as are kept, or of their product."""
+        forms: dict[str, tuple[int, ...]] = {}
+        for name, block in blocks.items():
+            if isinstance(block, Flat):
+                forms[f"{name}:flat"] = (block.grad.shape[1],)
+                continue
+            *tokens, inputs = block.right.shape[1:]
+            right = min(self.rank, inputs)
+            if isinstance(block, Lookup):
+                forms[f"{name}:ids"], forms[f"{name}:right"] = tuple(tokens), (*tokens, right)
+                continue
+            left = min(self.rank, block.left.shape[3])
+            if self._product_is_smaller(block):
+                forms[f"{name}:flat"] = (tokens[0] * left * right,)
+            else:
+                forms[f"{name}:left"], forms[f"{name}:right"] = (*tokens, left), (*tokens, right)
+        return bytes_of(forms, self.dtype)
 
     def rows(self, blocks: dict[str, Block], state: State) -> Rows:
         """The factors of every block in their directions, or their product; what has no factors is whole."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from byline.features.base import Features, Passes, Rows, State, check_dim, check_dtype, sampled
+from byline.features.base import Features, Passes, Rows, State, bytes_of, check_dim, check_dtype, sampled
 from byline.features.blocks import Block
 from byline.features.exact import Exact
 
@@ -46,6 +46,14 @@ class Nystrom(Features):
         kept = values > values[-1].clamp_min(0) * 1e-6
         whitening = vectors * torch.where(kept, values.clamp_min(1e-300).rsqrt(), 0.0)
         return {**state, **{f"landmarks/{k}": v for k, v in rows.items()}, "whitening": whitening.float()}
+
+    def row_bytes(self, blocks: dict[str, Block]) -> dict[str, int]:
+        """Of the columns."""
+        return bytes_of({"rows": (self.landmarks,)}, self.dtype)
+
+    def learnt_bytes(self, blocks: dict[str, Block]) -> int:
+        """The landmarks' own gradients, as `Exact` has them."""
+        return self.landmarks * sum(self.exact.row_bytes(blocks).values())
 
     def rows(self, blocks: dict[str, Block], state: State) -> Rows:
         """(B, landmarks)."""

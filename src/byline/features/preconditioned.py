@@ -98,6 +98,14 @@ class Preconditioned(Features):
 
         return {**self.features.learn(scaled, length), **scales}
 
+    def row_bytes(self, blocks: dict[str, Block]) -> dict[str, int] | None:
+        """As the features have them."""
+        return self.features.row_bytes(blocks)
+
+    def learnt_bytes(self, blocks: dict[str, Block]) -> int:
+        """As the features have them."""
+        return self.features.learnt_bytes(blocks)
+
     def rows(self, blocks: dict[str, Block], state: State) -> Rows:
         """Those of the features."""
         return self.features.rows(_scaled(blocks, state), state)

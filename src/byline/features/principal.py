@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from byline.features.base import Features, Passes, Rows, State, check_dim, check_dtype, sampled
+from byline.features.base import Features, Passes, Rows, State, bytes_of, check_dim, check_dtype, sampled
 from byline.features.blocks import Block
 
 _HALF = torch.float16
@@ -84,6 +84,10 @@ class Principal(Features):
             left = unit.flip(1)[:, : max(1, min(self.dim, int(kept.sum())))].to(rows)
             basis = rows.T @ left
         return {**state, "basis": basis.to(_HALF)}
+
+    def row_bytes(self, blocks: dict[str, Block]) -> dict[str, int]:
+        """Of the columns."""
+        return bytes_of({"rows": (self.dim,)}, self.dtype)
 
     def rows(self, blocks: dict[str, Block], state: State) -> Rows:
         """(B, dim) or fewer."""

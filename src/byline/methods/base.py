@@ -446,7 +446,8 @@ class Attributor(ABC):
     def _write(self) -> None:
         """Compute what the store lacks of the training set."""
         job = self._job(self._train_set, "train_set", self._of)
-        write_features(job, self.ensemble.members(), self.store, self._bench, self.engine)
+        beside = self._kernel_bytes(len(self._train_set))
+        write_features(job, self.ensemble.members(), self.store, self._bench, self.engine, beside)
 
     def _prepare(self) -> None:  # noqa: B027 - most methods need nothing more
         """Whatever fitting does beyond the features."""
@@ -461,6 +462,10 @@ class Attributor(ABC):
 
     def _check_size(self, n_train: int) -> None:  # noqa: B027 - most methods stream
         """Refuse a training set that is too large for the method and its features."""
+
+    def _kernel_bytes(self, n_train: int) -> int:
+        """What the method holds in memory of all pairs of training examples."""
+        return 0
 
     # pieces for the methods
 
@@ -670,6 +675,8 @@ class Attributor(ABC):
                 raise ValueError(
                     f"the model is in train mode{f' (in {name})' if name else ''}; call model.eval() before attribution"
                 )
+        if not all(member.brings for member in self.ensemble.members()):
+            self.task.chosen()
         self.ensemble.validate(self.task.model)
         for weights in {id(m.weights): m.weights for m in self.ensemble.members()}.values():
             weights.check(self.task.model)

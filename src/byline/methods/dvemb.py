@@ -28,7 +28,7 @@ from byline.ensembles import Ensemble
 from byline.ensembles.base import Member, check_count
 from byline.features.base import Products, Rows
 from byline.methods.base import Attributor, Voter
-from byline.methods.kernels import check_room, primal
+from byline.methods.kernels import check_room, kernel_bytes, primal
 from byline.store import Stored
 from byline.task import Task
 
@@ -99,8 +99,11 @@ class DVEmb(Attributor):
             )
 
     def _check_size(self, n_train: int) -> None:
-        if not self.features.linear:
+        if self._kernel_bytes(n_train):
             check_room(n_train, self.features)
+
+    def _kernel_bytes(self, n_train: int) -> int:
+        return 0 if self.features.linear else kernel_bytes(n_train)
 
     def _prepare(self) -> None:
         self._products = Products()

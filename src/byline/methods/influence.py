@@ -23,7 +23,6 @@ from byline import batches
 from byline.engines.local import Job, stream_rows
 from byline.engines.workbench import Active
 from byline.ensembles.base import Ensemble, check_seed
-from byline.ensembles.lora import AdapterChange
 from byline.features import Exact
 from byline.features.base import Rows, State
 from byline.methods import scan
@@ -154,11 +153,9 @@ class Influence(Attributor):
 
     def _check_model(self) -> None:
         super()._check_model()
-        members = self.ensemble.members()
-        if not self._projected and not any(isinstance(c, AdapterChange) for m in members for c in m.changes):
+        if not self._projected and not any(member.brings for member in self.ensemble.members()):
             # an adapter's parameters are counted once it is there
-            named = self.task.model.named_parameters()
-            self.solver.check(sum(p.numel() for n, p in named if p.requires_grad and self.task.selects(n)))
+            self.solver.check(sum(p.numel() for p in self.task.chosen().values()))
 
     @property
     def _projected(self) -> bool:

@@ -7,11 +7,17 @@ import os
 import torch
 from torch import Tensor
 
+from byline.engines.room import available
 from byline.features.base import Features, Products, State
 from byline.store import Stored, StoredRows
 
 _CHUNK = 1024
 _ROOM = 2**30  # bytes of rows that may be kept while a kernel is made
+
+
+def kernel_bytes(n: int) -> int:
+    """What a kernel of n examples takes, with its factor, while it is made."""
+    return 3 * 8 * n * n
 
 
 def check_room(n: int, features: Features) -> None:
@@ -20,12 +26,13 @@ def check_room(n: int, features: Features) -> None:
     Raises:
         ValueError: says how much it would take, and which features take less.
     """
-    need = 3 * 8 * n * n
+    need = kernel_bytes(n)
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**36
+    have = min(have, available())
     if need > 0.8 * have:
         raise ValueError(
             f"features is {features!r}, which needs a kernel of {n} × {n} training examples, about {need / 1e9:.0f} GB "
-            f"of {have / 1e9:.0f} GB; use byline.Nystrom(landmarks=...) or byline.Factorized(dim=...)"
+            f"of {have / 1e9:.0f} GB that are free; use byline.Nystrom(landmarks=...) or byline.Factorized(dim=...)"
         )
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from byline.ensembles.lora import AdapterChange
 from byline.features.base import Products
 from byline.methods.base import Attributor, Voter, phase
 from byline.methods.damping import auto
-from byline.methods.kernels import check_room, dual, factorise, primal
+from byline.methods.kernels import check_room, dual, factorise, kernel_bytes, primal
+from byline.task import chosen
 
 _KEPT = 2**28  # bytes of factors that stay in memory
 
@@ -54,18 +54,21 @@ class Ridge(Attributor):
         return self._chosen[identity]
 
     def _check_size(self, n_train: int) -> None:
+        if self._kernel_bytes(n_train):
+            check_room(n_train, self.features)
+
+    def _kernel_bytes(self, n_train: int) -> int:
         if self.features.linear:
-            return
+            return 0
         model = self.task.model
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and self.task.selects(n)]
-        least = self.features.least_width(tuple(p.shape) for _, p in named)
-        if any(isinstance(c, AdapterChange) for member in self.ensemble.members() for c in member.changes):
+        params = chosen(model, self.task.selects).values()
+        least = self.features.least_width(tuple(p.shape) for p in params)
+        if any(member.brings for member in self.ensemble.members()):
             # theirs are other parameters, and fewer
             least = None if least is None else 0
-        elif least is not None and _has_look_ups(model, {id(p) for _, p in named}):
+        elif least is not None and _has_look_ups(model, {id(p) for p in params}):
             least = None
-        if least is None or least >= n_train:
-            check_room(n_train, self.features)
+        return kernel_bytes(n_train) if least is None or least >= n_train else 0
 
     def _width(self, voter: Voter) -> int | None:
         """Columns of a member's rows as vectors, if they are some."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from byline import batches
 from byline.engines.base import Engine
 from byline.ensembles import CrossFit, Ensemble, Independent, Trajectory, folds
 from byline.ensembles.base import StateDict, check_count, check_seed
+from byline.ensembles.copies import copied, remade
 from byline.ledger import Cost, Ledger
 from byline.store.files import Local
 from byline.task import Task, source_of
@@ -189,17 +189,17 @@ def fresh(model: nn.Module) -> Build:
     odd = [
         f"{name or 'the model'} ({type(module).__name__})"
         for name, module in model.named_modules()
-        if next(module.parameters(recurse=False), None) is not None and _reset(module) is None
+        if next(module.parameters(recurse=False), None) is not None and (_reset(module) is None or remade(module))
     ]
     if odd:
         raise ValueError(
-            f"the model's {', '.join(odd[:3])} cannot be initialised anew, for it has no reset_parameters; expected "
-            "build=, a function that makes a fresh model"
+            f"the model's {', '.join(odd[:3])} cannot be initialised anew, for it has no reset_parameters of its own "
+            "weights; expected build=, a function that makes a fresh model"
         )
-    template = copy.deepcopy(model)
+    template = copied(model)
 
     def build() -> nn.Module:
-        made = copy.deepcopy(template)
+        made = copied(template)
         for module in _inside_first(made, set()):
             reset = _reset(module)
             if reset is not None:

@@ -23,6 +23,7 @@ from byline.engines.local import Job
 from byline.engines.workbench import Active
 from byline.features.base import Rows, State, seeded
 from byline.features.blocks import Block
+from byline.features.capture import wide
 from byline.methods.curvature.layout import Layout
 from byline.methods.curvature.products import CurvatureProducts
 
@@ -104,10 +105,10 @@ class Problem:
         for batch in self.batches():
             if exact_of is not None:
                 value, _, blocks = self.active.capture(exact_of)(batch, exact_of)
-                yield blocks, torch.ones_like(value)
+                yield blocks, torch.ones_like(wide(value))
                 continue
             with torch.no_grad():
-                logits, token = task.natural(model, batch)
+                logits, token = map(wide, task.natural(model, batch))
                 p = logits.double().softmax(-1)
             # the mean over T tokens has weights 1/T, and its gradient's second moment is 1/T of the GGN
             scale = token.sum(1) / token.square().sum(1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from byline.batches import Batch, size
+from byline.features.capture import wide
 from byline.methods.curvature.layout import Layout
 from byline.task import Task
 
@@ -69,7 +70,7 @@ class CurvatureProducts:
         """V -> the batch's sum of curvatures times V; the model runs forward and backward once for all V."""
         params = list(self.params.values())
         if self.curvature == "hessian":
-            loss = self.task.loss(self.model, batch).sum()
+            loss = wide(self.task.loss(self.model, batch)).sum()
             first = self._grad([loss], params, None, create_graph=True)
 
             def second(vectors: Tensor) -> Tensor:
@@ -89,8 +90,8 @@ class CurvatureProducts:
     def _outputs(self, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """What J is the Jacobian of, and the matrix M between J and Jᵀ."""
         if self.curvature == "fisher":
-            return self.task.loss(self.model, batch), lambda v: v
-        outputs, weight = self.task.natural(self.model, batch)
+            return wide(self.task.loss(self.model, batch)), lambda v: v
+        outputs, weight = map(wide, self.task.natural(self.model, batch))
         if self.task.name == "regression":
             return outputs, lambda v: v
         p = outputs.detach().softmax(-1)
