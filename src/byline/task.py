@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import functools
 import hashlib
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -17,9 +15,13 @@ from torch.nn import functional as F
 
 from byline import batches, sequences
 from byline.batches import Batch
+from byline.fingerprints import model_of, source_of
 
 PerExample = Callable[[nn.Module, Batch], Tensor]
 ParamFilter = Callable[[str], bool] | Iterable[str]
+
+FINGERPRINTS = 2
+"""How much fingerprints see; raised when they see more."""
 
 before_forward: ContextVar[Callable[[], None]] = ContextVar("byline_before_forward", default=lambda: None)
 """Called before the task runs the model: what counts along a forward pass starts anew."""
@@ -207,13 +209,17 @@ class Task:
 
     def fingerprint(self) -> dict[str, str]:
         """What identifies the task in a store: its model's structure and its output, loss and residual."""
-        structure = [repr(self.model)] + [
+        named = (getattr(self._output, "function", None), self._loss, self._residual)
+        called = [function for function in named if function is not None]
+        structure = [model_of(self.model, called)] + [
             f"{name}{tuple(p.shape)}{p.dtype}{p.requires_grad and self.selects(name)}"
             for name, p in self.model.named_parameters()
         ]
         parts = {
             "model": hashlib.sha256("\n".join(structure).encode()).hexdigest(),
             "output": self._output.describe(),
+            # of numbers that a model makes as it runs
+            "default dtype": str(torch.get_default_dtype()),
         }
         for key, function in (("loss", self._loss), ("residual", self._residual)):
             parts[key] = "default" if function is None else source_of(function)
@@ -227,42 +233,6 @@ class Task:
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
-
-
-def source_of(value: Any, depth: int = 4) -> str:
-    """A digest of a callable that changes when its code does, or what it closes over, or its arguments' defaults."""
-    name = getattr(value, "__qualname__", type(value).__name__)
-    return f"{name}:{hashlib.sha256(repr(_content(value, depth)).encode()).hexdigest()[:16]}"
-
-
-def _content(value: Any, depth: int) -> Any:
-    """Plain data that stands for a value; objects that cannot be looked into count by their type alone."""
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        return value
-    if isinstance(value, Tensor) or hasattr(value, "tobytes"):
-        return batches.digest_of(value)
-    if isinstance(value, nn.Module):
-        return repr(value), batches.digest_of(list(value.state_dict().values()))
-    if depth == 0:
-        return type(value).__qualname__
-    if isinstance(value, Mapping):
-        return sorted((str(k), _content(v, depth - 1)) for k, v in value.items())
-    if isinstance(value, list | tuple | set | frozenset):
-        return type(value).__name__, [_content(v, depth - 1) for v in value]
-    if isinstance(value, functools.partial):
-        return _content((value.func, value.args, value.keywords), depth - 1)
-    if inspect.ismethod(value):
-        return _content((value.__func__, value.__self__), depth - 1)
-    if inspect.isfunction(value):
-        code = value.__code__
-        constants = [c for c in code.co_consts if not inspect.iscode(c)]
-        nested = [c.co_code for c in code.co_consts if inspect.iscode(c)]
-        cells = [cell.cell_contents for cell in value.__closure__ or () if cell.cell_contents is not value]
-        inside = (constants, list(code.co_names), cells, value.__defaults__, value.__kwdefaults__)
-        return code.co_code, nested, _content(inside, depth - 1)
-    if callable(value) and hasattr(value, "__dict__"):
-        return type(value).__qualname__, _content((type(value).__call__, vars(value)), depth - 1)
-    return type(value).__qualname__
 
 
 def _column(value: Any, batch: Batch, name: str) -> Tensor:

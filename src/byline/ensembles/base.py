@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -60,6 +61,8 @@ class Weights:
         self.source = source
         self.name = name
         self._digest: str | None = None
+        self._seen: tuple[int, ...] | None = None
+        """What the file system says of the file whose digest that is."""
 
     def load(self) -> StateDict:
         """The state dict; files are read without unpickling anything but tensors."""
@@ -72,6 +75,8 @@ class Weights:
             return load_file(path)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise
         except Exception as error:
             raise ValueError(
                 f"{self.name}: {path} cannot be read with weights_only=True; expected a file of tensors alone, "
@@ -122,10 +127,21 @@ class Weights:
             raise ValueError(f"{self.name} does not fit the task's model; keys {'; '.join(problems)}")
 
     def digest(self) -> str:
-        """SHA-256 of the names and values."""
-        if self._digest is None:
-            self._digest = batches.digest_of(sorted(self.load().items()))
+        """SHA-256 of the names and values; of a file, of what is in it now."""
+        seen = self._stamp()
+        if self._digest is None or seen != self._seen:
+            self._digest, self._seen = batches.digest_of(sorted(self.load().items())), seen
         return self._digest
+
+    def _stamp(self) -> tuple[int, ...] | None:
+        if not isinstance(self.source, str | Path):
+            return None
+        try:
+            found = os.stat(self.source)
+        except OSError:
+            # gone since: what was read of it is known still
+            return self._seen
+        return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch.utils.data import Subset, default_collate
 
 from byline import batches
 from byline.ensembles.base import Change, Ensemble, Member, Weights, as_ensemble, check_count, check_seed
+from byline.guards import kept_random
 
 if TYPE_CHECKING:
     from byline.task import Task
@@ -113,7 +114,9 @@ class AdapterChange(Change):
     def apply(self, model: nn.Module) -> Iterator[nn.Module]:
         """The model with the adapter injected; the base's weights are shared, not copied."""
         try:
-            changed = inject(model, self.adapter.config)
+            # PEFT draws first weights, which are overwritten below
+            with kept_random():
+                changed = inject(model, self.adapter.config)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.name} does not fit the task's model: {error}") from error
         own = {key for key, _ in changed.named_parameters() if self.selects(key)}
@@ -368,7 +371,7 @@ def _train_one(
     collate: Callable[[list[Any]], Any],
 ) -> Adapter:
     number = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:6], "little")
-    with torch.random.fork_rng():
+    with kept_random(None):
         torch.manual_seed(number)
         model = copy.deepcopy(task.model)
         weights.into(model)

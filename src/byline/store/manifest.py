@@ -34,8 +34,14 @@ class Manifest:
 
     def copy(self) -> Manifest:
         """One that can be added to while this one stays as it is."""
-        tables = ("made_for", "features", "state", "vectors", "notes")
-        return replace(self, **{name: dict(getattr(self, name)) for name in tables})
+        return replace(
+            self,
+            made_for=dict(self.made_for),
+            features=dict(self.features),
+            state=dict(self.state),
+            vectors=dict(self.vectors),
+            notes=dict(self.notes),
+        )
 
 
 def seal(content: dict[str, Any]) -> bytes:

@@ -25,6 +25,7 @@ import copy
 import errno
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,6 +81,19 @@ class Store:
         self._records: dict[str, dict[str, Any]] = {}
         self._groups: set[str] = set()
         self._seen: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.drain()
+        if isinstance(self.files, Memory):
+            return {"files": self.files, "manifest": self.manifest.copy()}
+        # the same folder, wherever the copy is opened
+        return {"place": self.place if self.path is None else os.path.abspath(self.path), "worker": self.worker}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state.get("place"), state.get("worker", False))  # type: ignore[misc]
+        if "files" in state:
+            self.files, self.manifest = state["files"], state["manifest"]
+            self._lock = Lock(self.files)
 
     # what it is for, and who writes
 
@@ -326,9 +340,7 @@ class Store:
             self._background.drain()
             known, dropped, made = self._known(), [], self.manifest.copy()
             taken = {
-                (content["path"], key)
-                for key, entry in made.features.items()
-                for content in entry["arrays"].values()
+                (content["path"], key) for key, entry in made.features.items() for content in entry["arrays"].values()
             }
             for key in keys:
                 entry = copy.deepcopy(self.record(key))
@@ -407,16 +419,38 @@ class Store:
         spec = Spec.of(self.manifest.vectors[f"{kind}/{identity}"])
         return torch.from_numpy(read_rows(self.files, spec, 0, spec.shape[0]))
 
-    def first_outputs(self, key: str) -> Tensor | None:
-        """The first chunk of a member's outputs, if it is there, whether the member is complete or not."""
+    def present(self, key: str) -> tuple[int, list[int]]:
+        """Examples per chunk of a member, complete or not, and the chunks that are there; (0, []) without any."""
         entry = self.record(key)
         if entry is None:
-            return None
-        spec = Spec.of(entry["vectors"][entry["of"]])
-        try:
-            return torch.from_numpy(read_rows(self.files, spec, 0, spec.chunks[0]))
-        except DamagedError:
-            return None
+            return 0, []
+        lacking = set(self.missing(key) or ())
+        count = Spec.of(entry["vectors"][entry["of"]]).grid()[0]
+        return entry["chunk"], [index for index in range(count) if index not in lacking]
+
+    def example(self, key: str, index: int) -> tuple[float, float, dict[str, Tensor] | None]:
+        """What is kept of one example of a member whose chunk is there: its output, its residual and its rows.
+
+        Returns:
+            the two numbers, and the rows, (1, …) each; None where the member is not complete: the longest sequence, and
+            with it the form of the rows, is not known yet.
+
+        Raises:
+            DamagedError: a chunk is missing or damaged; says which.
+        """
+        entry = self.record(key)
+        assert entry is not None, "only members that have begun have examples"
+        value, residual = (
+            float(read_rows(self.files, Spec.of(entry["vectors"][kind]), index, index + 1)[0])
+            for kind in (entry["of"], "residual")
+        )
+        stored = self.features(key)
+        return value, residual, None if stored is None else stored.read(index, index + 1)
+
+    def number(self, kind: str, identity: str, index: int) -> float:
+        """One example's number of a vector that is there."""
+        spec = Spec.of(self.manifest.vectors[f"{kind}/{identity}"])
+        return float(read_rows(self.files, spec, index, index + 1)[0])
 
     def _vector(self, kind: str, identity: str) -> dict[str, Any] | None:
         return self.manifest.vectors.get(f"{kind}/{identity}") or self.record(f"{kind}-{identity}")
