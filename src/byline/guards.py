@@ -36,7 +36,7 @@ class Lock:
 
 
 @contextmanager
-def kept_random(devices: Sequence[int] | None = ()) -> Iterator[None]:
+def kept_random(devices: Sequence[Any] | None = ()) -> Iterator[None]:
     """Leave torch's global random numbers as they were.
 
     Args:

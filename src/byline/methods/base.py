@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar, overload
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Subset, default_collate
 
 from byline import batches
 from byline.engines.base import HERE, Engine, as_engine
@@ -691,7 +691,9 @@ class Attributor(ABC):
         """The job of a test set, which may bring a collate of its own."""
         job = self._job(data, "test_set", "output")
         brought = _brought(given, data)
-        return job if self._collate_given is not None or brought is None else replace(job, collate=brought)
+        # parts of the training set come as that did
+        again = not isinstance(given, DataLoader) and _whole_of(data) is _whole_of(self._train_set)
+        return job if self._collate_given is not None or brought is None or again else replace(job, collate=brought)
 
     def _gather(self) -> list[Voter]:
         """Members grouped by their gradients and what they were trained on, with the residuals that the store holds."""
@@ -775,6 +777,12 @@ class Attributor(ABC):
                     f"{weights.name}: {weights.source} was overwritten after fit; expected the weights of the fit: "
                     "call fit again, or keep each checkpoint under a name of its own"
                 )
+
+
+def _whole_of(data: Any) -> Any:
+    while isinstance(data, Subset):
+        data = data.dataset
+    return data
 
 
 def _brought(given: Any, data: Any) -> Collate | None:
