@@ -35,9 +35,23 @@ class Lock:
         return Lock()
 
 
+class kept_grad:
+    """Leave torch's grad mode as it was: an interrupt inside of ``torch.no_grad`` can leave it switched off."""
+
+    def __enter__(self) -> None:
+        import torch
+
+        self._mode = torch.is_grad_enabled()
+
+    def __exit__(self, *error: Any) -> None:
+        import torch
+
+        torch.set_grad_enabled(self._mode)
+
+
 @contextmanager
 def kept_random(devices: Sequence[Any] | None = ()) -> Iterator[None]:
-    """Leave torch's global random numbers as they were.
+    """Leave torch's global random numbers, and its grad mode, as they were.
 
     Args:
         devices: CUDA devices whose numbers are kept too; None for all of them.
@@ -46,5 +60,5 @@ def kept_random(devices: Sequence[Any] | None = ()) -> Iterator[None]:
 
     own = None if devices is None else list(devices)
     # twice, because an interrupt may come while the first puts them back
-    with torch.random.fork_rng(devices=own), torch.random.fork_rng(devices=own):
+    with kept_grad(), torch.random.fork_rng(devices=own), torch.random.fork_rng(devices=own):
         yield

@@ -25,7 +25,7 @@ from byline.ensembles.base import Ensemble, Member, as_ensemble, check_count
 from byline.features import Exact, Features
 from byline.features.base import Products, Rows, State
 from byline.features.layers import rule_for
-from byline.guards import Lock
+from byline.guards import Lock, kept_grad
 from byline.ledger import Ledger
 from byline.methods import residuals, scan, streaming
 from byline.methods.mean import RunningMean
@@ -185,7 +185,7 @@ class Attributor(ABC):
 
     def _as_whole(self: Made, work: Callable[[Made], T]) -> T:
         """Have something done by a stand-in, and become it when all of it is done."""
-        with self._lock():
+        with self._lock(), kept_grad():
             made = object.__new__(type(self))
             kinds = (dict, list, set, OrderedDict)
             vars(made).update({k: v.copy() if type(v) in kinds else v for k, v in vars(self).items()})
