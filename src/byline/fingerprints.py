@@ -40,6 +40,7 @@ _MUTATORS = frozenset(
     ]
 )
 _CONTAINERS = (list, dict, set, bytearray, collections.deque)
+_NONE: frozenset[str] = frozenset()
 _OF_MODULES = frozenset(vars(nn.Module()))
 _ENTRY = frozenset({"__init__", "__call__", "__getitem__", "__len__", "forward"})
 
@@ -214,7 +215,7 @@ class _Reader:
         return _digest((self._code(code, function.__doc__, below), found, imported, cells, defaults, own))
 
     def _read(self, value: Any, name: str, reads: _Reads, depth: int) -> Any:
-        if name in reads.filled and isinstance(value, _CONTAINERS):
+        if _fills(reads, name, value):
             return type(value).__name__
         return self.content(value, depth, reads.attributes, reads.written)
 
@@ -233,12 +234,11 @@ class _Reader:
             return f"{kind.__module__}.{kind.__qualname__}"
         return _digest([kind.__qualname__, *self._members(kind, names, depth)[0]])
 
-    def _members(
-        self, kind: type[Any], names: frozenset[str], depth: int
-    ) -> tuple[list[Any], frozenset[str], frozenset[str]]:
-        """What a class's methods of these names are and read of it; all names that they read; all that they write."""
+    def _members(self, kind: type[Any], names: frozenset[str], depth: int) -> tuple[list[Any], _Reads]:
+        """What a class's methods of these names are and read of it, and all names in them, the given ones among them."""
         own = [base for base in kind.__mro__ if not _installed(base.__module__, None)]
-        todo, seen, found, written = sorted(names), set(names), list[Any](), set[str]()
+        todo, seen, found = sorted(names), set(names), list[Any]()
+        written, filled = set[str](), set[str]()
         while todo:
             name = todo.pop(0)
             for base in own:
@@ -252,9 +252,11 @@ class _Reader:
                 reads = self.attributes(value)
                 if inspect.isfunction(value) and name != "__init__":
                     written |= _reads(value.__code__).written
+                    filled |= _reads(value.__code__).filled
                 todo += sorted(reads - seen)
                 seen |= reads
-        return sorted(found, key=lambda one: one[:2]), frozenset(seen), frozenset(written)
+        every = _Reads(_NONE, frozenset(seen), _NONE, frozenset(written), frozenset(filled))
+        return sorted(found, key=lambda one: one[:2]), every
 
     def attributes(self, value: Any, seen: set[int] | None = None) -> frozenset[str]:
         """Names of attributes that a callable reads, of whatever, and the user's functions that it calls."""
@@ -285,15 +287,17 @@ class _Reader:
         out: list[Any] = [_text(model)]
         for path, part in model.named_modules():
             kind = type(part)
-            found, read, written = self._members(kind, names | {"forward"}, depth)
-            # of a class whose forward is a package's, what that reads is not known
+            found, own = self._members(kind, names | {"forward"}, depth)
+            read, written = own.attributes, own.written
+            # of a class whose forward is a package's, its code is not gone through from there
             foreign = next((b for b in kind.__mro__ if "forward" in vars(b)), nn.Module)
             if _installed(foreign.__module__, None):
-                read, written = read | _plain_names(part), written | _written_by(cast(Hashable, kind))
+                theirs = _of_package(cast(Hashable, kind))
+                read, written = read | (theirs.attributes & _plain_names(part)), written | theirs.written
             data = {
                 name: self.content(value, depth)
                 for name, value in sorted(vars(part).items())
-                if name in read and name not in _OF_MODULES and name not in written
+                if name in read and name not in _OF_MODULES and name not in written and not _fills(own, name, value)
             }
             hooks = [self.content(h, depth) for h in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())]
             moving = {n: self.content(part._buffers[n], depth) for n in sorted(part._non_persistent_buffers_set)}
@@ -304,8 +308,8 @@ class _Reader:
         kind = type(value)
         known = vars(value) if hasattr(value, "__dict__") else {}
         if not _installed(kind.__module__, None):
-            found, _, written = self._members(kind, names | _ENTRY, depth)
-            out = sorted(set(known) - written - skip)
+            found, own = self._members(kind, names | _ENTRY, depth)
+            out = sorted(n for n, v in known.items() if n not in own.written | skip and not _fills(own, n, v))
             return _digest((kind.__qualname__, found, {name: self.content(known[name], depth) for name in out}))
         if isinstance(value, types.SimpleNamespace) or kind.__name__ == "Namespace" or callable(value):
             out = sorted(n for n, v in known.items() if n not in skip and not n.startswith("_") and _is_plain(v))
@@ -382,17 +386,25 @@ def _plain_names(part: nn.Module) -> frozenset[str]:
     )
 
 
+def _fills(reads: _Reads, name: str, value: Any) -> bool:
+    return name in reads.filled and isinstance(value, _CONTAINERS)
+
+
 @cache
-def _written_by(kind: Hashable) -> frozenset[str]:
-    """Attributes that a class's methods assign beside the constructor: they say what it has seen, not what it is."""
-    out: set[str] = set()
+def _of_package(kind: Hashable) -> _Reads:
+    """Attributes that a class's methods read, and those that they assign beside the constructor.
+
+    The latter say what it has seen, not what it is.
+    """
+    read, out = set[str](), set[str]()
     for base in inspect.getmro(cast("type[Any]", kind)):
         if base in (nn.Module, object):
             continue
         for name, value in vars(base).items():
             if inspect.isfunction(value) and name not in ("__init__", "__setstate__"):
+                read |= _reads(value.__code__).attributes
                 out |= _reads(value.__code__).written
-    return frozenset(out)
+    return _Reads(_NONE, frozenset(read), _NONE, frozenset(out), _NONE)
 
 
 @cache
