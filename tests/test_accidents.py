@@ -48,8 +48,9 @@ def ensemble(kind, model):
     return byline.Independent([model, net(1)])
 
 
-def made(model, kind="plain", store=None, method=byline.TRAK):
-    found = method(byline.Task(model), ensemble(kind, model), damping=0.3, batch_size=4, store=store, progress=False)
+def made(model, kind="plain", store=None, method=byline.TRAK, members=None):
+    members = ensemble(kind, model) if members is None else members
+    found = method(byline.Task(model), members, damping=0.3, batch_size=4, store=store, progress=False)
     return found.fit(data(9, 1))
 
 
@@ -169,11 +170,12 @@ def test_an_interrupted_refit_leaves_the_first_fit_answering(kind):
 @pytest.mark.parametrize("kind", ["plain", "masks", "noise"])
 def test_an_interrupted_fit_into_a_folder_is_gone_on_with(tmp_path, kind):
     model = net()
-    expected, mine = answers(made(model, kind)), world(model)
+    members = ensemble(kind, model)
+    expected, mine = answers(made(model, kind, members=members)), world(model)
     folders = (tmp_path / f"whole {number}" for number in range(9))
-    for number, at in enumerate(points(lambda: made(model, kind, next(folders)), kind)):
+    for number, at in enumerate(points(lambda: made(model, kind, next(folders), members=members), kind)):
         place = tmp_path / str(number)
-        came = interrupted(lambda p=place: made(model, kind, p), at)
+        came = interrupted(lambda p=place: made(model, kind, p, members=members), at)
         assert not came or not (place / "lock").exists()
         assert world(model) == mine
         if (place / "manifest.json").exists():

@@ -235,7 +235,7 @@ class _Reader:
         return _digest([kind.__qualname__, *self._members(kind, names, depth)[0]])
 
     def _members(self, kind: type[Any], names: frozenset[str], depth: int) -> tuple[list[Any], _Reads]:
-        """What a class's methods of these names are and read of it, and all names in them, the given ones among them."""
+        """What a class's methods of these names are and read of it, and all names in them, with the given ones."""
         own = [base for base in kind.__mro__ if not _installed(base.__module__, None)]
         todo, seen, found = sorted(names), set(names), list[Any]()
         written, filled = set[str](), set[str]()
