@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from byline import sequences
 from byline.ensembles import Trajectory, record
 from byline.ensembles.base import check_count, check_seed, save_trained
+from byline.guards import kept_random
 from byline.outputs import Output
 from byline.task import ParamFilter, Task
 
@@ -211,7 +212,7 @@ def generated(
                 f"the model's context of {room}"
             )
         start = torch.tensor([before], device=device)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with kept_random(), torch.no_grad():
             torch.manual_seed(seed * 1_000_003 + place)
             row = model.generate(  # type: ignore[operator]
                 input_ids=start, attention_mask=torch.ones_like(start), max_new_tokens=max_new_tokens, **options

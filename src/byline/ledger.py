@@ -2,7 +2,7 @@
 
 Everything that claims to be cheap in byline is measured with this one object: FLOPs, CPU seconds, wall
 seconds and bytes, split into the three phases a user pays for at different times. It sits at the top of the
-package, and imports nothing from it, so that every room can write into it.
+package, and imports next to nothing from it, so that every room can write into it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from byline.guards import Lock
 
 PHASES: tuple[str, ...] = ("training", "fitting", "serving")
 """Paid once per model, once per training set, and once per query batch."""
@@ -51,7 +53,8 @@ class Ledger:
     """Costs split into training, fitting and serving.
 
     Time is exclusive: a phase opened inside another pauses the outer one, so nothing is counted twice and a
-    phase nested in itself is harmless.
+    phase nested in itself is harmless. Threads may share a ledger: what several do at once is booked once, in the phase
+    that was opened last.
 
     Example:
         >>> ledger = Ledger()
@@ -62,8 +65,9 @@ class Ledger:
     """
 
     costs: dict[str, Cost] = field(default_factory=lambda: {name: Cost() for name in PHASES})
-    _open: list[str] = field(default_factory=list, repr=False, compare=False)
+    _open: list[tuple[str, object]] = field(default_factory=list, repr=False, compare=False)
     _since: tuple[float, float] = field(default=(0.0, 0.0), repr=False, compare=False)
+    _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     def __getitem__(self, phase: str) -> Cost:
         return self.costs[_known(phase)]
@@ -92,39 +96,54 @@ class Ledger:
     def phase(self, phase: str) -> Iterator[Cost]:
         """Measures CPU and wall seconds of the block and adds them to `phase`."""
         _known(phase)
-        self._book()
-        self._open.append(phase)
+        own = (phase, object())
         try:
+            with self._lock():
+                self._book()
+                self._open.append(own)
             yield self.costs[phase]
         finally:
-            self._book()
-            self._open.pop()
+            # by itself, not the last one: another thread may have opened one since
+            with self._lock():
+                self._book()
+                self._open = [one for one in self._open if one is not own]
 
     def _book(self) -> None:
         """Credits the time since the last change to the innermost open phase, and starts counting anew."""
         now = (time.process_time(), time.perf_counter())
         if self._open:
-            cost = self.costs[self._open[-1]]
+            cost = self.costs[self._open[-1][0]]
             cost.seconds += now[0] - self._since[0]
             cost.wall += now[1] - self._since[1]
         self._since = now
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a phase that is open here is not open in a copy
+        return {"costs": self.costs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
     def add_flops(self, phase: str, flops: float) -> None:
         """Adds floating-point operations, counted on one representative batch and multiplied."""
-        self[phase].flops += flops
+        with self._lock():
+            self[phase].flops += flops
 
     def add_bytes(self, phase: str, n_bytes: int) -> None:
         """Adds bytes that are kept."""
-        self[phase].bytes += int(n_bytes)
+        with self._lock():
+            self[phase].bytes += int(n_bytes)
 
     def add_seconds(self, phase: str, seconds: float, wall: float | None = None) -> None:
         """Adds time measured elsewhere, such as the recorded cost of models that were trained earlier."""
-        self[phase].seconds += seconds
-        self[phase].wall += seconds if wall is None else wall
+        with self._lock():
+            self[phase].seconds += seconds
+            self[phase].wall += seconds if wall is None else wall
 
     def add(self, phase: str, cost: Cost) -> None:
         """Adds a whole cost."""
-        self.costs[_known(phase)] = self[phase] + cost
+        with self._lock():
+            self.costs[_known(phase)] = self[phase] + cost
 
     def __add__(self, other: Ledger) -> Ledger:
         return Ledger({name: self.costs[name] + other.costs[name] for name in PHASES})

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import functools
 import hashlib
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from byline import batches, outputs
+from byline import outputs
 from byline.batches import Batch
+from byline.fingerprints import model_of, source_of
 from byline.outputs import Evaluation, ExampleError, Output, PerExample, column, margin
 
 __all__ = ["Evaluation", "ExampleError", "ParamFilter", "PerExample", "Task", "before_forward", "margin", "source_of"]
 
 ParamFilter = Callable[[str], bool] | Iterable[str]
+
+FINGERPRINTS = 2
+"""How much fingerprints see; raised when they see more."""
 
 before_forward: ContextVar[Callable[[], None]] = ContextVar("byline_before_forward", default=lambda: None)
 """Called before the task runs the model: what counts along a forward pass starts anew."""
@@ -238,13 +240,17 @@ class Task:
     def fingerprint(self) -> dict[str, str]:
         """What identifies the task in a store: its model's structure and its output, loss and residual."""
         named = self._output
+        function = named.function if isinstance(named, outputs.Called) else None
+        called = [f for f in (function, self._loss, self._residual) if f is not None]
         counted = chosen(self.model, self.selects)
-        structure = [repr(self.model)] + [
+        structure = [model_of(self.model, called)] + [
             f"{name}{tuple(p.shape)}{p.dtype}{name in counted}" for name, p in self.model.named_parameters()
         ]
         parts = {
             "model": hashlib.sha256("\n".join(structure).encode()).hexdigest(),
-            "output": source_of(named.function) if isinstance(named, outputs.Called) else named.describe(),
+            "output": named.describe() if function is None else source_of(function),
+            # of numbers that a model makes as it runs
+            "default dtype": str(torch.get_default_dtype()),
         }
         for key, function in (("loss", self._loss), ("residual", self._residual)):
             parts[key] = "default" if function is None else source_of(function)
@@ -285,39 +291,3 @@ def _check_model(model: Any) -> None:
                 f"the model has an adapter merged into its weights ({where}), which gets no gradient; call "
                 "unmerge_adapter() on it first, or keep it merged with merge_and_unload() and explain its own weights"
             )
-
-
-def source_of(value: Any, depth: int = 4) -> str:
-    """A digest of a callable that changes when its code does, or what it closes over, or its arguments' defaults."""
-    name = getattr(value, "__qualname__", type(value).__name__)
-    return f"{name}:{hashlib.sha256(repr(_content(value, depth)).encode()).hexdigest()[:16]}"
-
-
-def _content(value: Any, depth: int) -> Any:
-    """Plain data that stands for a value; objects that cannot be looked into count by their type alone."""
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        return value
-    if isinstance(value, Tensor) or hasattr(value, "tobytes"):
-        return batches.digest_of(value)
-    if isinstance(value, nn.Module):
-        return repr(value), batches.digest_of(list(value.state_dict().values()))
-    if depth == 0:
-        return type(value).__qualname__
-    if isinstance(value, Mapping):
-        return sorted((str(k), _content(v, depth - 1)) for k, v in value.items())
-    if isinstance(value, list | tuple | set | frozenset):
-        return type(value).__name__, [_content(v, depth - 1) for v in value]
-    if isinstance(value, functools.partial):
-        return _content((value.func, value.args, value.keywords), depth - 1)
-    if inspect.ismethod(value):
-        return _content((value.__func__, value.__self__), depth - 1)
-    if inspect.isfunction(value):
-        code = value.__code__
-        constants = [c for c in code.co_consts if not inspect.iscode(c)]
-        nested = [c.co_code for c in code.co_consts if inspect.iscode(c)]
-        cells = [cell.cell_contents for cell in value.__closure__ or () if cell.cell_contents is not value]
-        inside = (constants, list(code.co_names), cells, value.__defaults__, value.__kwdefaults__)
-        return code.co_code, nested, _content(inside, depth - 1)
-    if callable(value) and hasattr(value, "__dict__"):
-        return type(value).__qualname__, _content((type(value).__call__, vars(value)), depth - 1)
-    return type(value).__qualname__

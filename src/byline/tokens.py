@@ -119,6 +119,16 @@ def tokens(
             training set, or the attributor's ``collate`` drops labels.
     """
     _check(attributor)
+    return attributor._as_whole(lambda made: _tokens(made, sequence, positions, train, k))
+
+
+def _tokens(
+    attributor: Attributor,
+    sequence: Mapping[str, Any],
+    positions: Sequence[int] | None,
+    train: Sequence[int] | None,
+    k: int,
+) -> TokenScores:
     item, chosen = _targets(sequence, positions)
     data = [_only(item, position) for position in chosen]
     made = batches.gather(data[:1], [0], attributor.collate)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from byline import batches
@@ -25,20 +25,23 @@ from byline.engines.room import check_rows
 from byline.engines.workbench import Active, Collate, Workbench, naming
 from byline.ensembles.base import Member
 from byline.ensembles.dropout import MaskChange
-from byline.features.base import Features, Rows, State
+from byline.features.base import Features, Rows, State, sampled
 from byline.features.blocks import Block, Flat, Lookup, Outer
 from byline.features.capture import Capture, refuse_company
 from byline.features.layers import is_finite
 from byline.ledger import Ledger, count_flops
 from byline.progress import Advance, bar
 from byline.store import Store
-from byline.store.quantize import encode
+from byline.store.chunks import DamagedError
+from byline.store.quantize import decode, encode
 from byline.task import Task
 
 # side by side, masks share the overhead of each operation; beyond this many rows there is none left to share
 _TILED_ROWS = 1024
 _PIECES = 16  # per process
 _WATCHED = 32  # from so many examples on, every chunk is watched
+_CHECKED = (2, 8)  # members and examples of each that a store is held against
+_CAPTURED = Capture.__call__  # taken once: whoever counts what is fitted does not count what is checked
 _LOGITS = 2**25  # numbers of a prediction at once: a language model's are tokens × vocabulary per example
 
 
@@ -348,25 +351,123 @@ def charge(job: Job, flops: float) -> None:
 
 
 def verify(job: Job, members: Sequence[Member], store: Store, bench: Workbench) -> None:
-    """Refuse a store whose numbers the model no longer gives: its code can change without a trace in its structure."""
-    for member in reversed(members):
-        kept = store.first_outputs(job.key(member))
-        if kept is not None:
-            break
-    else:
+    """Refuse a store whose numbers the model no longer gives: not all that they depend on leaves a trace elsewhere.
+
+    A few examples, spread over the training set, are computed again under two of the members that the store has.
+
+    Raises:
+        ValueError: an output, a residual or a row is another one here; names the example and both numbers.
+    """
+    begun = {job.key(member): member for member in reversed(members) if store.present(job.key(member))[1]}
+    for key in _drawn(sorted(begun), _CHECKED[0], "members"):
+        member = begun[key]
+        where = _spread(store, key, len(job.dataset))
+        if where:
+            _verify_rows(job, member, key, where, store, bench)
+    apart = {m.identity("residual"): m for m in members if m.gradient_changes is not None}
+    kept = sorted(identity for identity in apart if store.has_vector("residual", identity))
+    for identity in _drawn(kept, 1, "residuals"):
+        member, where = apart[identity], _drawn(range(len(job.dataset)), _CHECKED[1], identity)
+        try:
+            old = [store.number("residual", identity, i) for i in where]
+        except DamagedError:
+            continue
+        batch = _gathered(job, where, bench)
+        with bench.active(member, "residual") as active, naming(job.name, where):
+            new = job.task.residual(active.model, batch).cpu().float()
+        _compare(job, member, store, "residual", where, torch.tensor(old), new, _tolerance(active.model)[1])
+
+
+def _verify_rows(job: Job, member: Member, key: str, where: list[int], store: Store, bench: Workbench) -> None:
+    kept, read = [], []
+    for index in where:
+        # damage is for whoever needs the numbers to tell
+        with suppress(DamagedError):
+            kept.append(store.example(key, index))
+            read.append(index)
+    try:
+        state = store.state(key) or {}
+    except DamagedError:
         return
-    size = min(8, len(kept))
-    batch = job.batch(0, size, bench.device)
-    with bench.active(member, "gradient") as active, torch.no_grad(), naming(job.name, range(size)):
-        value = job.task.differentiate(active.model, batch, job.of)[0].cpu().to(kept.dtype)
-    odd = (~torch.isclose(value, kept[:size], rtol=1e-3, atol=1e-3, equal_nan=True)).nonzero()
+    if not read:
+        return
+    where = read
+    values, residuals = (torch.tensor([one[i] for one in kept]) for i in range(2))
+    with bench.active(member, "gradient") as active:
+        capture, loose = active.capture(job.of), _tolerance(active.model)
+
+        def again(places: list[int]) -> tuple[Tensor, Tensor, Rows]:
+            with naming(job.name, places):
+                value, residual, blocks = _CAPTURED(capture, _gathered(job, places, bench), job.of)
+            arrays = encode(job.features.rows(blocks, state), job.features.dtype)
+            rows = decode({name: torch.from_numpy(array) for name, array in arrays.items()})
+            return value.cpu().float(), residual.cpu().float(), rows
+
+        value, residual, rows = again(where)
+        _compare(job, member, store, job.of, where, values, value, loose[1])
+        _compare(job, member, store, "residual", where, residuals, residual, loose[1])
+        for place, (index, (_, _, old)) in enumerate(zip(where, kept, strict=True)):
+            if old is None:
+                continue
+            new = {name: part[place : place + 1] for name, part in rows.items()}
+            length, gap = _apart(job.features, old, new)
+            if gap <= loose[0] * length + loose[2]:
+                continue
+            # rounding may be large where terms cancel: then it is another one in a batch of one
+            alone = again([index])[2]
+            noise = _apart(job.features, new, alone)[1]
+            if min(gap, _apart(job.features, old, alone)[1]) > loose[0] * length + loose[2] + 10 * noise:
+                raise ValueError(
+                    f"store {store.place or 'in memory'} was made by another model or collate: the features of "
+                    f"{job.name}[{index}] under {member.name} differ by {gap / max(length, 1e-30):.2g} of their "
+                    "length from those in the store. Use another folder, or delete this one"
+                )
+
+
+def _apart(features: Features, old: Rows, new: Rows) -> tuple[float, float]:
+    """The length of one example's row, the longer one's, and that of the difference."""
+    a, b = (
+        {name: value.double() if value.is_floating_point() else value for name, value in r.items()} for r in (old, new)
+    )
+    own, other, both = (float(features.diagonal(x, y)) for x, y in ((a, a), (b, b), (a, b)))
+    return max(own, other, 0.0) ** 0.5, max(own + other - 2 * both, 0.0) ** 0.5
+
+
+def _compare(
+    job: Job, member: Member, store: Store, what: str, where: list[int], old: Tensor, new: Tensor, loose: float
+) -> None:
+    odd = (~torch.isclose(new, old, rtol=loose, atol=loose, equal_nan=True)).nonzero()
     if len(odd):
         i = int(odd[0, 0])
         raise ValueError(
-            f"store {store.place or 'in memory'} was made by another model or collate: the {job.of} of "
-            f"{job.name}[{i}] is {float(value[i]):.6g} here and {float(kept[i]):.6g} in the store. Use another folder, "
-            "or delete this one"
+            f"store {store.place or 'in memory'} was made by another model or collate: the {what} of "
+            f"{job.name}[{where[i]}] under {member.name} is {float(new[i]):.6g} here and {float(old[i]):.6g} in the "
+            "store. Use another folder, or delete this one"
         )
+
+
+def _tolerance(model: nn.Module) -> tuple[float, float, float]:
+    """What may be rounding: of a row, relative to its length; of an output or a residual; of a row of no length."""
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    return (0.2, 5e-2, 1e-2) if half else (1e-2, 1e-3, 1e-5)
+
+
+def _spread(store: Store, key: str, n: int) -> list[int]:
+    """A few examples of a member's chunks that are there, no two of one chunk while there are others."""
+    size, chunks = store.present(key)
+    found: list[int] = []
+    for chunk in _drawn(chunks, _CHECKED[1], key):
+        examples = range(chunk * size, min((chunk + 1) * size, n))
+        found += _drawn(examples, -(-_CHECKED[1] // min(len(chunks), _CHECKED[1])), f"{key}/{chunk}")
+    return sorted(found)[: _CHECKED[1]]
+
+
+def _drawn(values: Sequence[Any], count: int, name: str) -> list[Any]:
+    return [values[i] for i in sampled(len(values), count, 0, f"verify/{name}")]
+
+
+def _gathered(job: Job, places: list[int], bench: Workbench) -> Any:
+    return batches.to(batches.gather(job.dataset, places, job.collate), bench.device)
 
 
 def member_key(identity: str, of: str) -> str:

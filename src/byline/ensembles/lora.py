@@ -32,6 +32,7 @@ from byline.ensembles.base import (
     check_unmerged,
 )
 from byline.ensembles.copies import copied
+from byline.guards import kept_random
 
 if TYPE_CHECKING:
     from byline.task import Task
@@ -157,7 +158,9 @@ class AdapterChange(Change):
     def apply(self, model: nn.Module) -> Iterator[nn.Module]:
         """The model with the adapter injected; the base's weights are shared where nothing writes to them."""
         try:
-            changed = inject(model, self.adapter.config, self.adapter.tensors)
+            # PEFT draws first weights, which are overwritten
+            with kept_random():
+                changed = inject(model, self.adapter.config, self.adapter.tensors)
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             said = " ".join(str(error).split())
             raise ValueError(f"{self.name} does not fit the task's model: {said}") from error
@@ -467,7 +470,7 @@ def _train_one(
     collate: Callable[[list[Any]], Any],
 ) -> Adapter:
     number = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:6], "little")
-    with torch.random.fork_rng():
+    with kept_random(None):
         torch.manual_seed(number)
         model = copied(task.model)
         weights.into(model)

@@ -31,17 +31,15 @@ class NoiseChange(Change):
     @contextmanager
     def apply(self, model: nn.Module) -> Iterator[nn.Module]:
         """Multiply the weights of two dimensions or more, and put them back afterwards."""
-        kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+        # all of them before the first is changed: whatever happens meanwhile, each is put back
+        kept = [(p, p.detach().clone()) for p in model.parameters() if p.ndim >= 2 and p.is_floating_point()]
         # numpy-style mixing of the three numbers, so that neighbouring draws share no stream
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.model_index) * 1_000_003 + self.draw)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim < 2 or not parameter.is_floating_point():
-                    continue
-                kept.append((parameter, parameter.detach().clone()))
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.mul_(1 + self.scale * noise.to(parameter.device, parameter.dtype))
         try:
+            with torch.no_grad():
+                for parameter, _ in kept:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.mul_(1 + self.scale * noise.to(parameter.device, parameter.dtype))
             yield model
         finally:
             with torch.no_grad():

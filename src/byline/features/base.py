@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from byline.features.blocks import Block
+from byline.guards import Lock
 
 Rows = dict[str, Tensor]
 """The features of a batch: named tensors, each with the batch first."""
@@ -98,6 +99,7 @@ class Products:
         self.limit = limit
         self.used = 0
         self._kept: dict[tuple[str, str], Tensor] = {}
+        self._lock = Lock()
 
     def __call__(self, a: Tensor, b: Tensor, keys: tuple[str, str] | None) -> Tensor:
         """``a @ b.T``, from the cache where ``keys`` names the content of both."""
@@ -107,9 +109,10 @@ class Products:
         if found is None:
             found = a @ b.T
             size = found.numel() * found.element_size()
-            if self.used + size <= self.limit:
-                self._kept[keys] = found
-                self.used += size
+            with self._lock():
+                if keys not in self._kept and self.used + size <= self.limit:
+                    self._kept[keys] = found
+                    self.used += size
         return found
 
 

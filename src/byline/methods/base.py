@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import json
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Subset, default_collate
 
 from byline import arrivals, batches
 from byline.engines.base import HERE, Engine, as_engine
@@ -21,6 +24,8 @@ from byline.engines.workbench import Collate, Workbench
 from byline.ensembles.base import Ensemble, Member, as_ensemble, check_count
 from byline.features import Exact, Features
 from byline.features.base import Products, Rows, State
+from byline.features.layers import rule_for
+from byline.guards import Lock, kept_grad
 from byline.ledger import Ledger
 from byline.methods import residuals, scan, streaming
 from byline.methods.mean import RunningMean
@@ -29,12 +34,14 @@ from byline.methods.voting import Block, Voting
 from byline.progress import bar
 from byline.scores import Ranking, Scores, check_k, matrix
 from byline.store import Store, Stored, StoredRows
-from byline.task import ParamFilter, Task
+from byline.task import FINGERPRINTS, ParamFilter, Task, source_of
 from byline.votes import Collected, Votes
 
 Scorer = Callable[[Rows], Tensor]
 """Rows of a test batch -> (B, n_train) what one member says."""
 Mean = TypeVar("Mean", RunningMean, Collected)
+Made = TypeVar("Made", bound="Attributor")
+T = TypeVar("T")
 Prepare = Callable[[Rows], Query]
 """Rows of a test batch -> what is held of them while training examples pass by."""
 
@@ -62,8 +69,35 @@ class Voter:
     """(n_train,) where they count, their weight times Q less its mean over members; given with ``counted``."""
 
 
+def _whole(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A public method that happens as a whole or not at all, and in one thread at a time."""
+
+    @functools.wraps(method)
+    def whole(self: Attributor, *args: Any, **kwargs: Any) -> Any:
+        return self._as_whole(lambda made: method(made, *args, **kwargs))
+
+    whole._is_whole = True  # type: ignore[attr-defined]
+    return whole
+
+
+def _guarded(cls: type[Made]) -> type[Made]:
+    """A class all of whose own public methods and properties are wholes."""
+    for name, value in list(vars(cls).items()):
+        if name.startswith("_"):
+            continue
+        if isinstance(value, property) and value.fget is not None:
+            setattr(cls, name, property(_whole(value.fget), value.fset, value.fdel, value.__doc__))
+        elif inspect.isfunction(value):
+            setattr(cls, name, _whole(value))
+    return cls
+
+
+@_guarded
 class Attributor(ABC):
     """A method on a task and an ensemble.
+
+    Several threads may use one: they take turns. A public call that fails, or is interrupted, leaves it as it was. A
+    fitted one can be pickled and copied; a copy opens the same ``store``, or has its own where that is in memory.
 
     Args:
         task: what is explained.
@@ -135,7 +169,7 @@ class Attributor(ABC):
         self.damping = damping
         self.residual = "mean" if residual == "auto" else residual
         self.batch_size = check_count(batch_size, "batch_size")
-        self.collate: Collate = default_collate if collate is None else collate
+        self.collate = collate
         self.device = device
         self.ledger = ledger
         self.progress = progress
@@ -143,9 +177,61 @@ class Attributor(ABC):
         self.store = Store(store)
         self.engine.check(self.store)
         self._train_set: Any = None
+        self._lock = Lock()
         self._check_members(self.ensemble.members())
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _guarded(cls)
+
+    def _as_whole(self: Made, work: Callable[[Made], T]) -> T:
+        """Have something done by a stand-in, and become it when all of it is done."""
+        with self._lock(), kept_grad(), torch.inference_mode(False), torch.enable_grad():
+            made = object.__new__(type(self))
+            kinds = (dict, list, set, OrderedDict)
+            vars(made).update({k: v.copy() if type(v) in kinds else v for k, v in vars(self).items()})
+            found = work(made)
+            # one step: no interrupt can come in the middle of it
+            self.__dict__ = made.__dict__
+        return self if found is made else found  # type: ignore[return-value]
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock():
+            held = next((chunk.dtype for rows in self._held_rows() for chunk in rows.chunks), None)
+            own = {"store": self.store, "engine": self.engine, "ledger": self.ledger, "_held_as": held}
+            return {**self._sent(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        held = state.pop("_held_as")
+        vars(self).update(state, _lock=Lock())
+        if self._train_set is None:
+            return
+        if self.store.manifest.made_for != self._made_for:
+            raise ValueError(
+                f"the attributor was fitted on {self.store}, which does not hold that here (another machine, another "
+                "process's memory, or a folder that was deleted?); expected a store that this process reaches"
+            )
+        self._let_go()
+        self._bench = Workbench(self.task, self._train_set, self.collate, self.device)
+        self._products = Products()
+        if held is not None:
+            self.hold(held)
+
+    def _held_rows(self) -> Iterable[scan.Resident]:
+        return self._resident.values() if self._train_set is not None else ()
+
     # the public face
+
+    @property
+    def collate(self) -> Collate:
+        """What makes a batch: what was given, else what the training set brings, else torch's default."""
+        own = self._collate_given or self._collate_brought
+        return default_collate if own is None else own
+
+    @collate.setter
+    def collate(self, given: Collate | None) -> None:
+        self._collate_given = None if given is default_collate else given
+        self._collate_brought: Collate | None = None
 
     def fit(self, train_set: Any) -> Attributor:
         """Compute what the training set's side needs; what the store holds already is not computed again.
@@ -157,41 +243,57 @@ class Attributor(ABC):
             ValueError, TypeError: anything that cannot work, in one sentence, before long work starts.
         """
         data = batches.as_dataset(train_set, "train_set")
-        if isinstance(train_set, DataLoader) and self.collate is default_collate:
-            self.collate = train_set.collate_fn or default_collate
-        self.collate = batches.collate_of(data, self.collate)
+        return self._fit(data, _brought(train_set, data))
+
+    def _fit(self: Made, data: Any, brought: Collate | None) -> Made:
+        self._collate_brought = brought
         self._check_model()
         self._check_size(len(data))
         self._check_residual(len(data))
         arrivals.check(self.task, data, "train_set", self.collate, batch_size=self.batch_size, of=self._asked(self._of))
-        with phase(self.ledger, "fitting"), self.store.session():
-            if self.store.place is None and self._train_set is not None and data is not self._train_set:
+        with phase(self.ledger, "fitting"):
+            made_for = json.loads(json.dumps(self._fingerprints(data)))
+            if self.store.place is None and self.store.manifest.made_for not in ({}, made_for):
+                # what is in memory serves one configuration, and is not in the way of another
                 self.store = Store(None)
-            self.store.claim(
-                {
-                    "task": self.task.fingerprint(),
-                    "dataset": {"length": len(data), "sha256": batches.fingerprint(data)},
-                    "features": self._kept(),
-                }
-            )
-            self._train_set, self.n_train_ = data, len(data)
-            self._bench = Workbench(self.task, data, self.collate, self.device)
-            self._let_go()
-            self._write()
-            self._voters = self._gather()
-            self._choose_residuals()
-            self._prepare()
+            with self.store.session():
+                self.store.claim(made_for)
+                self._made_for = made_for
+                self._train_set, self.n_train_ = data, len(data)
+                self._bench = Workbench(self.task, data, self.collate, self.device)
+                self._let_go()
+                self._write()
+                self._voters = self._gather()
+                self._choose_residuals()
+                self._prepare()
+            found = {id(m.weights): m.weights for m in self.ensemble.members()}
+            self._weights = [(weights, weights.digest()) for weights in found.values()]
         return self
+
+    def _fingerprints(self, data: Any) -> dict[str, Any]:
+        """All that the numbers in the store depend on, as far as it can be seen."""
+        places = sorted({0, (len(data) - 1) // 2, len(data) - 1})
+        sample = batches.gather(data, places, self.collate)
+        rules = (rule_for(module) for module in self.task.model.modules())
+        own = {source_of(rule) for rule in rules if rule is not None and not rule.__module__.startswith("byline.")}
+        return {
+            "fingerprints": FINGERPRINTS,
+            "task": self.task.fingerprint(),
+            "dataset": {"length": len(data), "sha256": batches.fingerprint(data)},
+            "collate": {"code": source_of(self.collate), "sample": batches.digest_of(sample)},
+            "features": self._kept(),
+            **({"rules": sorted(own)} if own else {}),
+        }
 
     def add_members(self, ensemble: Ensemble) -> Attributor:
         """Add members to a fitted attributor; only theirs is computed."""
-        before, self.ensemble = self.ensemble, self.ensemble + ensemble
-        try:
-            self._check_members(self.ensemble.members())
-            return self if self._train_set is None else self.fit(self._train_set)
-        except Exception:
-            self.ensemble = before
-            raise
+        self.ensemble = self.ensemble + ensemble
+        self._check_members(self.ensemble.members())
+        return self._again()
+
+    def _again(self: Made) -> Made:
+        """Fit as before, if it was fitted: on the same training set and what came with it."""
+        return self if self._train_set is None else self._fit(self._train_set, self._collate_brought)
 
     def attribute(self, test_set: Any) -> Scores:
         """Score every training example for every test example.
@@ -204,7 +306,7 @@ class Attributor(ABC):
         """
         self._check_fitted()
         data = self._arrived(test_set)
-        job = self._job(data, "test_set", "output")
+        job = self._test_job(test_set, data)
         shape = (len(data), self.n_train_)
         folder = None if self.store.path is None else self.store.path / "scores"
         mean = RunningMean(lambda: matrix(shape, _IN_MEMORY, folder), self._with_residuals)
@@ -230,7 +332,7 @@ class Attributor(ABC):
         room = matrix((count * shape[0], shape[1]), _IN_MEMORY, folder).reshape(count, *shape)
         found = Collected(room, self._with_residuals)
         with phase(self.ledger, "serving"):
-            self._vote(found, self._job(data, "test_set", "output"))
+            self._vote(found, self._test_job(test_set, data))
         models = [voter.member.weights.digest() for voter in self._voters]
         carried = None
         if self._times_residual and self._of == "output":
@@ -262,7 +364,7 @@ class Attributor(ABC):
         k = check_k(k, self.n_train_)
         data = self._arrived(test_set)
         with phase(self.ledger, "serving"):
-            found = streaming.top(self, self._job(data, "test_set", "output"), k)
+            found = streaming.top(self, self._test_job(test_set, data), k)
         return Ranking(*found, self.info(), self.n_train_)
 
     def hold(self, dtype: str = "float32") -> int:
@@ -425,7 +527,8 @@ class Attributor(ABC):
 
     def _sent(self) -> dict[str, Any]:
         """The attributes of a copy in another process, which makes for itself what it has of its own."""
-        own = ("store", "engine", "ledger", "_bench", "_products", "_resident", "_held_states", "_held_norms")
+        of_this_process = ("_lock", "store", "engine", "ledger", "_bench", "_products")
+        own = (*of_this_process, "_resident", "_held_states", "_held_norms")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def _noted(self) -> dict[str, Any]:
@@ -604,6 +707,14 @@ class Attributor(ABC):
             self.progress,
         )
 
+    def _test_job(self, given: Any, data: Any) -> Job:
+        """The job of a test set, which may bring a collate of its own."""
+        job = self._job(data, "test_set", "output")
+        brought = _brought(given, data)
+        # parts of the training set come as that did
+        again = not isinstance(given, DataLoader) and _whole_of(data) is _whole_of(self._train_set)
+        return job if self._collate_given is not None or brought is None or again else replace(job, collate=brought)
+
     def _gather(self) -> list[Voter]:
         """Members grouped by their gradients and what they were trained on, with the residuals that the store holds."""
         groups: dict[tuple[str, bytes | None], list[Member]] = {}
@@ -684,6 +795,25 @@ class Attributor(ABC):
     def _check_fitted(self) -> None:
         if self._train_set is None:
             raise RuntimeError(f"this {type(self).__name__} is not fitted; call fit(train_set) first")
+        for weights, digest in self._weights:
+            if weights.digest() != digest:
+                raise ValueError(
+                    f"{weights.name}: {weights.source} was overwritten after fit; expected the weights of the fit: "
+                    "call fit again, or keep each checkpoint under a name of its own"
+                )
+
+
+def _whole_of(data: Any) -> Any:
+    while isinstance(data, Subset):
+        data = data.dataset
+    return data
+
+
+def _brought(given: Any, data: Any) -> Collate | None:
+    """The collate of a dataset, of the `DataLoader` that it came in or its own; None for torch's default."""
+    loaded = given.collate_fn if isinstance(given, DataLoader) else None
+    found = batches.collate_of(data, default_collate if loaded is None else loaded)
+    return None if found is default_collate else found
 
 
 def averaged(members: Sequence[Member], values: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -20,6 +20,7 @@ from byline.engines.local import Job
 from byline.engines.workbench import naming
 from byline.ensembles import Ensemble
 from byline.ensembles.base import Member
+from byline.features.base import sampled
 from byline.ledger import count_flops
 from byline.methods.base import Attributor, Voter
 from byline.progress import bar
@@ -28,7 +29,7 @@ from byline.task import Task
 EmbeddingScorer = Callable[[Tensor, Tensor | None], Tensor]
 """Embeddings (B, d) and targets (B,) of a test batch -> (B, n_train) what one member says."""
 
-_VERIFIED = 8  # examples
+_VERIFIED = (2, 8)  # members, and examples of each
 
 
 class Tap:
@@ -202,8 +203,8 @@ class EmbeddingMethod(WithoutGradients):
         missing = [member for member in members if self.store.state(_key(member)) is None]
         self._dim = self._examples_dim(members[0])
         found = [member for member in members if member not in missing]
-        if found:
-            self._verify(job, found[0])
+        for place in sampled(len(found), _VERIFIED[0], 0, "verify"):
+            self._verify(job, found[place])
         with bar(len(missing) * len(job.spans()), "embeddings", self.progress) as advance:
             for member in missing:
                 parts = []
@@ -235,19 +236,20 @@ class EmbeddingMethod(WithoutGradients):
 
     def _verify(self, job: Job, member: Member) -> None:
         """Refuse a store whose numbers the model no longer gives: its code can change without a trace."""
-        size, tap = min(_VERIFIED, len(job.dataset)), Tap(self.layer)
-        batch = job.batch(0, size, self._bench.device)
+        tap, where = Tap(self.layer), sampled(len(job.dataset), _VERIFIED[1], 0, f"verify/{_key(member)}")
+        batch = batches.to(batches.gather(job.dataset, where, job.collate), self._bench.device)
         with (
             self._bench.active(member, "residual") as active,
             tap.on(active.model),
-            naming(job.name, range(size)),
+            naming(job.name, where),
         ):
             here = pooled(tap.run(self.task, active.model, batch), batch, self._dim).cpu()
-        kept = self._embeddings(member)[:size]
-        if here.shape != kept.shape or not torch.allclose(here, kept.to(here.dtype), rtol=1e-3, atol=1e-3):
+        kept = self._embeddings(member)[where]
+        loose = 5e-2 if here.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        if here.shape != kept.shape or not torch.allclose(here, kept.to(here.dtype), rtol=loose, atol=loose):
             raise ValueError(
                 f"store {self.store.path or 'in memory'} was made by another model or collate: the embeddings of "
-                f"{job.name}[0:{size}] are others here. Use another folder, or delete this one"
+                f"{job.name} at {where} under {member.name} are others here. Use another folder, or delete this one"
             )
 
     # serving

@@ -58,7 +58,7 @@ class Chunk:
     """
 
     def __init__(self, rows: Tensor, dtype: str, packed: bool = True):
-        self.shape = tuple(rows.shape)
+        self.shape, self.dtype = tuple(rows.shape), dtype
         self._scale: Tensor | None = None
         self._rows: Any
         if dtype == "int8":

@@ -55,7 +55,6 @@ class Query:
         return cls(sum(value.numel() * value.element_size() for value in rows.values()), against)
 
 
-@dataclass
 class Best:
     """The k first so far of every row, by a key and, where keys are equal, by place."""
 

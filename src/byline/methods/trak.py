@@ -100,7 +100,10 @@ class TRAK(Ridge):
             moved = residuals.leave_one_out(each, self._self(voter), weights, self.task.name)
             # what a member was not trained on is left out already
             unseen = voter.member.unseen(self.n_train_)
-            voter.made, voter.residual_variance = averaged(voter.members, torch.where(unseen, each, moved))
+            made, variance = averaged(voter.members, torch.where(unseen, each, moved))
+            # in this order: where it is made, all of it is
+            voter.residual_variance = variance
+            voter.made = made
         return super()._q(voter)
 
     def _query(self, voter: Voter) -> Prepare:

@@ -12,6 +12,7 @@ from byline.engines.base import HERE, Work
 from byline.engines.local import Job, shared_device, shared_place
 from byline.engines.workbench import Workbench
 from byline.features.base import Products
+from byline.guards import Lock
 from byline.ledger import Ledger
 from byline.progress import Advance
 from byline.store import Store
@@ -107,6 +108,7 @@ class Voting(Work):
         made.ledger = Ledger() if state["counts"] else None
         made.store = Store(state["place"], worker=True)
         made._let_go()
+        made._lock = Lock()
         made._bench = Workbench(made.task, made._train_set, made.collate, state["device"])
         made._products = Products(state["shared"])
         self.attributor, self.job, self.shared = made, state["job"], state["shared"]

@@ -90,7 +90,10 @@ class Served:
         elif store is not None and Path(store).resolve() != Path(attributor.store.path or "").resolve():
             raise ValueError(f"store is {store}, and the attributor has its own, {attributor.store.path}")
         attributor.progress = attributor.progress and sys.stderr.isatty()
-        attributor.fit(attributor._train_set if self.train_set is None else self.train_set)
+        if self.train_set is None:
+            attributor._as_whole(lambda made: made._again())
+        else:
+            attributor.fit(self.train_set)
         told = self.metadata
         if told is not None and not callable(told) and len(told) != attributor.n_train_:
             raise ValueError(

@@ -29,7 +29,7 @@ class Background:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "byline-store")
         while len(self._pending) >= _MOST:
-            self._pending.popleft().result()
+            self._first()
         self._pending.append(self._pool.submit(self._guarded, work, *arguments))
 
     def drain(self) -> None:
@@ -39,16 +39,22 @@ class Background:
             Whatever the work raised.
         """
         while self._pending:
-            self._pending.popleft().result()
+            self._first()
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def close(self) -> None:
         """End the thread, when all is done."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        # a pool whose end was interrupted takes no more work: the next piece needs another
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()
+
+    def _first(self) -> None:
+        # forgotten only when it is done: an interrupted wait is taken up again
+        self._pending[0].result()
+        self._pending.popleft()
 
     def _guarded(self, work: Callable[..., None], *arguments: Any) -> None:
         if self._error is None:

@@ -42,11 +42,15 @@ class Lock:
         with self.files.exclusive():
             # a second round, where a stale lock has gone
             for _ in range(2):
-                self._token = os.urandom(8).hex()
+                # one that is there already is of an attempt that was interrupted
+                self._token = self._token or os.urandom(8).hex()
                 if self.files.create(NAME, self._content()):
                     self.held = True
                     break
                 owner = self._owner()
+                if owner is not None and owner.get("token") == self._token and owner.get("pid") == os.getpid():
+                    self.held = True
+                    break
                 if owner is None or self._dead(owner):
                     self.files.delete(NAME)
                     continue
@@ -60,14 +64,14 @@ class Lock:
 
     def release(self) -> None:
         """Give it back."""
-        if not self.held:
+        if not self._token:
             return
-        self.held = False
         self._ended.set()
         with self.files.exclusive():
             owner = self._owner()
             if owner is not None and owner.get("token") == self._token:
                 self.files.delete(NAME)
+        self.held, self._token = False, ""
 
     def _content(self) -> bytes:
         return json.dumps(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -31,6 +31,17 @@ class Manifest:
     """``"residual/<id>"`` and the like: where each is, and whose."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Free."""
+
+    def copy(self) -> Manifest:
+        """One that can be added to while this one stays as it is."""
+        return replace(
+            self,
+            made_for=dict(self.made_for),
+            features=dict(self.features),
+            state=dict(self.state),
+            vectors=dict(self.vectors),
+            notes=dict(self.notes),
+        )
 
 
 def seal(content: dict[str, Any]) -> bytes:

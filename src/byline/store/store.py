@@ -25,6 +25,7 @@ import copy
 import errno
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -81,6 +82,19 @@ class Store:
         self._groups: set[str] = set()
         self._seen: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.drain()
+        if isinstance(self.files, Memory):
+            return {"files": self.files, "manifest": self.manifest.copy()}
+        # the same folder, wherever the copy is opened
+        return {"place": self.place if self.path is None else os.path.abspath(self.path), "worker": self.worker}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state.get("place"), state.get("worker", False))  # type: ignore[misc]
+        if "files" in state:
+            self.files, self.manifest = state["files"], state["manifest"]
+            self._lock = Lock(self.files)
+
     # what it is for, and who writes
 
     def claim(self, made_for: dict[str, Any]) -> None:
@@ -94,8 +108,14 @@ class Store:
             with self.writing():
                 # another writer may have been first
                 if not self.manifest.made_for:
-                    self.manifest.made_for = made_for
-                    self.flush(sync=False)
+                    claimed = self.manifest.copy()
+                    claimed.made_for = made_for
+                    self._replace(claimed, sync=False)
+        if "fingerprints" in made_for and "fingerprints" not in self.manifest.made_for:
+            raise ValueError(
+                f"store {self.files.where} was made by an earlier byline, which did not notice every change of a "
+                "model, a function or a collate; use another folder, or delete this one and fit again"
+            )
         differing = _differences(self.manifest.made_for, made_for)
         if differing:
             raise ValueError(
@@ -106,22 +126,38 @@ class Store:
     @contextmanager
     def session(self) -> Iterator[None]:
         """Keep the lock, once something has been written, until the context ends."""
-        self._depth += 1
+        outer = self._depth
+        # twice, because an interrupt may come while the first is at it; the second finds what that left
+        with self._ending(outer), self._ending(outer):
+            self._depth = outer + 1
+            yield
+
+    @contextmanager
+    def _ending(self, outer: int) -> Iterator[None]:
         try:
             yield
         except BaseException:
             # the first problem is the one to tell
             with suppress(Exception):
                 self._background.drain()
+            # what was to be written may not have been: only what is there counts
+            self._forget()
             raise
         finally:
-            self._depth -= 1
-            if self._depth == 0:
+            self._depth = outer
+            if outer == 0:
                 try:
                     self.drain()
                 finally:
-                    self._background.close()
-                    self._lock.release()
+                    try:
+                        self._background.close()
+                    finally:
+                        self._lock.release()
+
+    def _forget(self) -> None:
+        """Keep nothing in memory of what is in files."""
+        for known in (self._records, self._fresh, self._groups, self._seen):
+            known.clear()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -148,11 +184,15 @@ class Store:
 
     def flush(self, sync: bool = True) -> None:
         """Write the manifest in one atomic step; ``sync`` waits for the disk, where there is one."""
-        assert not self.worker, "only the writer with the lock writes the manifest"
-        if isinstance(self.files, Memory):
-            return
         with self.writing():
-            manifests.dump(self.files, self.manifest, sync)
+            self._replace(self.manifest, sync)
+
+    def _replace(self, manifest: Manifest, sync: bool = True) -> None:
+        """Another manifest instead of the one there is, once it is written."""
+        assert not self.worker, "only the writer with the lock writes the manifest"
+        if not isinstance(self.files, Memory):
+            manifests.dump(self.files, manifest, sync)
+        self.manifest = manifest
 
     def drain(self) -> None:
         """Wait until all that was given to be written is written.
@@ -298,11 +338,9 @@ class Store:
         """
         with self.writing():
             self._background.drain()
-            known, dropped = self._known(), []
+            known, dropped, made = self._known(), [], self.manifest.copy()
             taken = {
-                (content["path"], key)
-                for key, entry in self.manifest.features.items()
-                for content in entry["arrays"].values()
+                (content["path"], key) for key, entry in made.features.items() for content in entry["arrays"].values()
             }
             for key in keys:
                 entry = copy.deepcopy(self.record(key))
@@ -314,12 +352,12 @@ class Store:
                         dropped += [own.path] if own.path != spec.path else []
                     entry["arrays"][name] = spec.to_json()
                 for content in entry["vectors"].values():
-                    self._finish_vector({**content, "member": entry["member"]})
-                self.manifest.state[key] = entry.pop("state", None) or self.manifest.state.get(key, {})
-                self.manifest.features[key] = {**entry, "complete": True}
+                    self._finish_vector(made, {**content, "member": entry["member"]})
+                made.state[key] = entry.pop("state", None) or made.state.get(key, {})
+                made.features[key] = {**entry, "complete": True}
             for kind, identity in vectors:
-                self._finish_vector(self._vector(kind, identity) or {})
-            self.flush()
+                self._finish_vector(made, self._vector(kind, identity) or {})
+            self._replace(made)
             # only now that nothing refers to them: a kill before would have left members without their factors
             self._clear([f"{ROOT}/{path}" for path in dropped])
             for name in [*keys, *("-".join(names) for names in vectors)]:
@@ -327,10 +365,10 @@ class Store:
                 self._fresh.pop(name, None)
                 self.files.delete(_progress(name))
 
-    def _finish_vector(self, content: dict[str, Any]) -> None:
-        if not self._whole(content["path"]):
+    def _finish_vector(self, made: Manifest, content: dict[str, Any]) -> None:
+        if content["path"] not in made.vectors or not made.vectors[content["path"]]["complete"]:
             self._closed(Spec.of(content))
-            self.manifest.vectors[content["path"]] = {**content, "complete": True}
+            made.vectors[content["path"]] = {**content, "complete": True}
 
     def _whole(self, path: str) -> bool:
         entry = self.manifest.vectors.get(path)
@@ -381,16 +419,38 @@ class Store:
         spec = Spec.of(self.manifest.vectors[f"{kind}/{identity}"])
         return torch.from_numpy(read_rows(self.files, spec, 0, spec.shape[0]))
 
-    def first_outputs(self, key: str) -> Tensor | None:
-        """The first chunk of a member's outputs, if it is there, whether the member is complete or not."""
+    def present(self, key: str) -> tuple[int, list[int]]:
+        """Examples per chunk of a member, complete or not, and the chunks that are there; (0, []) without any."""
         entry = self.record(key)
         if entry is None:
-            return None
-        spec = Spec.of(entry["vectors"][entry["of"]])
-        try:
-            return torch.from_numpy(read_rows(self.files, spec, 0, spec.chunks[0]))
-        except DamagedError:
-            return None
+            return 0, []
+        lacking = set(self.missing(key) or ())
+        count = Spec.of(entry["vectors"][entry["of"]]).grid()[0]
+        return entry["chunk"], [index for index in range(count) if index not in lacking]
+
+    def example(self, key: str, index: int) -> tuple[float, float, dict[str, Tensor] | None]:
+        """What is kept of one example of a member whose chunk is there: its output, its residual and its rows.
+
+        Returns:
+            the two numbers, and the rows, (1, …) each; None where the member is not complete: the longest sequence, and
+            with it the form of the rows, is not known yet.
+
+        Raises:
+            DamagedError: a chunk is missing or damaged; says which.
+        """
+        entry = self.record(key)
+        assert entry is not None, "only members that have begun have examples"
+        value, residual = (
+            float(read_rows(self.files, Spec.of(entry["vectors"][kind]), index, index + 1)[0])
+            for kind in (entry["of"], "residual")
+        )
+        stored = self.features(key)
+        return value, residual, None if stored is None else stored.read(index, index + 1)
+
+    def number(self, kind: str, identity: str, index: int) -> float:
+        """One example's number of a vector that is there."""
+        spec = Spec.of(self.manifest.vectors[f"{kind}/{identity}"])
+        return float(read_rows(self.files, spec, index, index + 1)[0])
 
     def _vector(self, kind: str, identity: str) -> dict[str, Any] | None:
         return self.manifest.vectors.get(f"{kind}/{identity}") or self.record(f"{kind}-{identity}")
@@ -400,9 +460,11 @@ class Store:
     def put_state(self, key: str, state: dict[str, Tensor]) -> None:
         """Keep what was learnt for a member."""
         with self.writing():
-            self.manifest.state[key] = self._put_tensors(key, state)
+            specs = self._put_tensors(key, state)
             self._background.drain()
-            self.flush()
+            made = self.manifest.copy()
+            made.state[key] = specs
+            self._replace(made)
 
     def state(self, key: str) -> dict[str, Tensor] | None:
         """What was learnt for a member, if it is there."""
@@ -461,8 +523,13 @@ class Store:
 
     def _put_chunk(self, spec: Spec, index: int, data: np.ndarray, share: str | None = None) -> None:
         """Write a batch of an array; one whose later dimensions are longer than a chunk takes several."""
+        first = (index, *(0 for _ in spec.chunks[1:]))
         if data.shape[1:] == spec.chunks[1:]:
-            self._put_cell(spec, (index, *(0 for _ in spec.chunks[1:])), fill(data, spec.chunks), share)
+            self._put_cell(spec, first, fill(data, spec.chunks), share)
+            return
+        if 0 in data.shape and 0 not in spec.shape:
+            # a batch of empty sequences is there too: as zeros, like the end of any shorter one
+            self._put_cell(spec, first, np.zeros(spec.chunks, data.dtype), share)
             return
         here = Spec(spec.path, (spec.shape[0], *data.shape[1:]), spec.chunks, spec.dtype)
         for cell in here.cells(index):
@@ -500,20 +567,21 @@ class Store:
 
     def _closed(self, spec: Spec) -> Spec:
         """An array all of whose chunks are there, in its final shape."""
-        if 0 in spec.shape:
+        found, nothing = self._cells(spec), 0 in spec.shape
+        if nothing and not found:
             return spec
-        found = self._cells(spec)
         widest = [max((cell[d] for cell in found), default=0) + 1 for d in range(1, len(spec.shape))]
-        if any(n > 1 for n in widest):
+        if nothing or any(n > 1 for n in widest):
             # longer sequences came: as many whole chunks as the longest took, zeros where a batch had fewer
-            form = (n * c if n > 1 else s for n, c, s in zip(widest, spec.chunks[1:], spec.shape[1:], strict=True))
+            form = (n * c if n > 1 else s or c for n, c, s in zip(widest, spec.chunks[1:], spec.shape[1:], strict=True))
             spec = Spec(spec.path, (spec.shape[0], *form), spec.chunks, spec.dtype)
             self._declare(spec)
             first = (0,) * len(widest)
             empty = np.zeros(spec.chunks, np.dtype(spec.dtype))
             for index in range(spec.grid()[0]):
                 for cell in spec.cells(index):
-                    if cell not in found and (index, *first) in found:
+                    # where the first batch was empty, nothing is written of another empty one
+                    if cell not in found and (nothing or (index, *first) in found):
                         self._put_cell(spec, cell, empty, None)
                         found.add(cell)
         for index in range(spec.grid()[0]):

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 from byline import batches
 from byline.batches import Batch
 from byline.engines.base import Engine, Work, as_engine
+from byline.guards import kept_random
 from byline.ledger import Cost, count_flops
 from byline.progress import Advance, bar
 from byline.training.data import derive, fetch, order, take
@@ -535,7 +536,7 @@ def _fresh(build: Build, seed: int, device: Any) -> nn.Module:
 def _seeded(seed: int, device: Any) -> Iterator[None]:
     """A random stream of its own for torch; the caller's goes on as if nothing had happened."""
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    with kept_random(cuda):
         torch.manual_seed(seed)
         yield
 

@@ -201,7 +201,7 @@ def find_mislabels(
         found = _lowest(source.values[:, order].T, source.stderr[:, order].T, min(evidence, source.shape[0]))
     suggested, support = _vote(found, carried, given[order])
     if isinstance(source, Attributor) and source.task.name == "classification":
-        suggested, support = _likely(source, order, given, suggested, support)
+        suggested, support = source._as_whole(lambda made: _likely(made, order, given, suggested, support))
     return Mislabels(
         index=order,
         suspicion=suspicion[order],
