@@ -124,8 +124,12 @@ def _map_rows(batch: Batch, n: int, tensor: Callable[[Tensor], Tensor], places: 
 
 
 def to(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device."""
-    return map_tensors(batch, lambda t: t.to(device, non_blocking=True))
+    """The batch on a device; tensors made under ``torch.inference_mode`` as ordinary ones."""
+
+    def moved(t: Tensor) -> Tensor:
+        return (t.clone() if t.is_inference() else t).to(device, non_blocking=True)
+
+    return map_tensors(batch, moved)
 
 
 def take(batch: Batch, start: int, stop: int) -> Batch:

@@ -37,11 +37,12 @@ class Company:
         self._batch = batch
         self._made: list[tuple[list[int], Any]] | None = None
 
-    def check(self, said: Callable[[Any], Tensor | tuple[Tensor, Tensor]]) -> None:
+    def check(self, said: Callable[[Any], Tensor | tuple[Tensor, Tensor]], coarse: bool) -> None:
         """Refuse a model whose output for one of the examples is another in other company.
 
         Args:
             said: what the model says of a batch: (B,), or two of them.
+            coarse: whether half precisions take part.
 
         Raises:
             ValueError: names the example.
@@ -51,6 +52,7 @@ class Company:
             orders += [self.places, self.places[:2], self.places[::-1][:3]] if len(self.places) > 1 else []
             self._made = [(order, self._batch(order)) for order in orders]
         alone: dict[int, Tensor] = {}
+        loose = 5e-2 if coarse else 1e-3
         for order, batch in self._made:
             with torch.enable_grad(), naming("train_set", order):
                 found = said(batch)
@@ -58,7 +60,9 @@ class Company:
             for place, value in zip(order, values, strict=True):
                 if place not in alone:
                     alone[place] = value
-                elif not _same(alone[place], value, _loose(found), max(float(v.abs().max()) for v in alone.values())):
+                elif not _same(
+                    alone[place], value, 5e-2 if coarse else 1e-3, max(float(v.abs().max()) for v in alone.values())
+                ):
                     raise ValueError(
                         f"an example's output depends on the other examples in its batch: train_set[{place}] gives "
                         f"{_shown(alone[place])} alone and {_shown(value)} beside {len(order) - 1} others (padding "
@@ -77,11 +81,6 @@ def _length(item: Any) -> int:
         list(item.values()) if isinstance(item, dict) else item if isinstance(item, tuple) else [item]
     )
     return sum(getattr(part, "size", 0) if not hasattr(part, "__len__") else len(part) for part in parts)
-
-
-def _loose(found: Tensor | tuple[Tensor, Tensor]) -> float:
-    first = found[0] if isinstance(found, tuple) else found
-    return 1e-3 if first.dtype in (torch.float32, torch.float64) else 5e-2
 
 
 def _same(a: Tensor, b: Tensor, loose: float, scale: float) -> bool:

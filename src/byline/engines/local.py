@@ -593,7 +593,7 @@ def _watch(job: Job, active: Active, index: int, low: int, high: int, values: Te
             task.residual(active.model, batch) if of == "residual" else task.differentiate(active.model, batch, of)[0]
         )
         for copy in range(copies):
-            refuse_company(values[copy, place : place + 1], alone.detach()[copy : copy + 1].cpu(), scale)
+            refuse_company(values[copy, place : place + 1], alone.detach()[copy : copy + 1].cpu(), active.coarse, scale)
 
 
 def _batches(job: Job, low: int, high: int, bench: Workbench, copies: int = 1) -> Iterator[tuple[int, int, Any]]:

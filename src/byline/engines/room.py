@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,8 @@ from byline import batches
 from byline.engines.workbench import Workbench, counting
 from byline.ensembles.base import Member
 from byline.features import Exact, LowRank
-from byline.features.capture import Capture, Verdict, attributed
+from byline.features.calibrate import sketched
+from byline.features.capture import Capture, attributed
 from byline.store import Store
 
 if TYPE_CHECKING:
@@ -151,7 +153,8 @@ def _sizes(job: Job, member: Member, bench: Workbench) -> dict[str, int] | None:
         with bench.active(member, "gradient") as active:
             chosen = attributed(job.task, active.model, counting(member, job.task))
             # what no rule covers is differentiated once; whether the rules are right makes no difference to sizes
-            blocks = Capture(job.task, active.model, chosen, Verdict(vectorised=False))(batch, job.of)[2]
+            sketch = replace(sketched(job.task, active.model, chosen, bench.probe, job.of), vectorised=False)
+            blocks = Capture(job.task, active.model, chosen, sketch)(batch, job.of)[2]
     except (RuntimeError, ValueError, IndexError, TypeError):
         return None  # it is said better where it is really computed
     own = job.features.row_bytes(blocks)

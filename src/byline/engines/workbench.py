@@ -17,9 +17,10 @@ from byline.engines.company import Company, naming
 from byline.ensembles.base import Change, Member
 from byline.ensembles.copies import copied
 from byline.ensembles.dropout import MaskChange, Sites, locate, located, only, refuse_without_sites
+from byline.features.autograd import HALF
 from byline.features.calibrate import calibrate
 from byline.features.capture import Capture, attributed
-from byline.features.verdict import Verdict
+from byline.features.verdict import Verdict, agreed
 from byline.task import Task
 
 Collate = Callable[[list[Any]], Any]
@@ -32,6 +33,8 @@ class Active:
     model: nn.Module
     device: torch.device
     sites: Sites | None
+    coarse: bool
+    """Whether half precisions take part in what it computes."""
     _captured: Callable[[str], Capture]
 
     def capture(self, of: str) -> Capture:
@@ -72,6 +75,7 @@ class Workbench:
         self._sites: dict[tuple[str, ...], Sites] = {}
         self._verdicts: dict[tuple[Any, ...], Verdict] = {}
         self._checked: set[tuple[Any, ...]] = set()
+        self._coarse = False
 
     def _batch(self, dataset: Any, indices: list[int], collate: Collate) -> Any:
         return batches.to(batches.gather(dataset, indices, collate), self.device)
@@ -132,21 +136,31 @@ class Workbench:
             stack.enter_context(located(sites))
             for change in changes:
                 model = stack.enter_context(change.apply(model))
-            if chain == "residual" and (kinds, chain) not in self._checked:
-                self.company.check(lambda batch: self.task.residual(model, batch))
+            if (kinds, chain) not in self._checked:
+                with naming("train_set", self.places):
+                    self._coarse |= _is_coarse(model, lambda: self.task.residual(model, self.probe))
+                if chain == "residual":
+                    self.company.check(lambda batch: self.task.residual(model, batch), self._coarse)
                 self._checked.add((kinds, chain))
 
             def captured(of: str) -> Capture:
                 params = attributed(self.task, model, counting(member, self.task))
-                key = (kinds, of, tuple(params))
+                key = (kinds, tuple(params))
                 if key not in self._verdicts:
-                    with naming("train_set", self.places):
-                        found = calibrate(self.task, model, params, self.probe, of)
-                    self.company.check(lambda batch: self.task.differentiate(model, batch, of))
-                    self._verdicts[key] = found
+                    self._verdicts[key] = self._calibrated(model, params, of)
                 return Capture(self.task, model, params, self._verdicts[key], 1 + len(beside), only)
 
-            yield Active(model, self.device, sites, captured)
+            yield Active(model, self.device, sites, self._coarse, captured)
+
+    def _calibrated(self, model: nn.Module, params: dict[str, nn.Parameter], of: str) -> Verdict:
+        """What holds of the output and of the loss, so that rows of the one meet rows of the other in one form."""
+        with naming("train_set", self.places):
+            found = calibrate(self.task, model, params, self.probe, of)
+            if not self.task.loss_follows_output:
+                other = "loss" if of == "output" else "output"
+                found = agreed(found, calibrate(self.task, model, params, self.probe, other))
+        self.company.check(lambda batch: self.task.differentiate(model, batch, of), self._coarse)
+        return found
 
     def _located(self, model: nn.Module, changes: Sequence[Change]) -> Sites:
         kinds = tuple(change.structure() for change in changes if not isinstance(change, MaskChange))
@@ -174,6 +188,21 @@ class _Copy:
 
     model: nn.Module
     loaded: str | None = None
+
+
+def _is_coarse(model: nn.Module, run: Callable[[], Any]) -> bool:
+    """Whether layers give half precision, as under autocast, whatever the weights and the output are."""
+    seen: list[bool] = []
+
+    def look(module: nn.Module, args: Any, out: Any) -> None:
+        seen.append(isinstance(out, torch.Tensor) and out.dtype in HALF)
+
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(look).remove)
+        run()
+    return any(seen)
 
 
 @contextmanager

@@ -44,8 +44,14 @@ def calibrate(task: Task, model: nn.Module, params: dict[str, nn.Parameter], bat
         ValueError: the model is not deterministic, an example's output depends on the others in its batch, or no
             attributed parameter has an influence on it.
     """
-    _check_separable(task, model, batch, of)
-    return _Search(task, model, params, batch, of).run()
+    search = _Search(task, model, params, batch, of)
+    _check_separable(task, model, batch, of, search.coarse)
+    return search.run()
+
+
+def sketched(task: Task, model: nn.Module, params: dict[str, nn.Parameter], batch: Batch, of: str) -> Verdict:
+    """What shapes alone say of a model, without a gradient: enough to tell how large rows are, not to trust them."""
+    return _Search(task, model, params, batch, of).sketch()
 
 
 class _Search:
@@ -63,24 +69,28 @@ class _Search:
             (self.fewer, list(range(count - 1))),
         ]
         self.by_example = PerExample(task, model, params)
-        self.expected, _ = self.by_example.looped(batch, of, list(params))
-        self.total = max(float(rows.norm()) for rows in self.expected.values())
-        with torch.enable_grad():
-            value = task.differentiate(model, batch, of)[0]
+        trace, value = self._seen(Verdict(), batch)
         if not value.requires_grad:
             raise ValueError(
                 "the output does not depend on any attributed parameter by a gradient; expected a model whose forward "
                 "runs with gradients (is it under torch.no_grad or torch.inference_mode, or detached, inside?)"
             )
         self.values = value.detach()
-        self.half = value.dtype in HALF
         dtype = next(iter(params.values())).dtype
-        self.tolerance = {torch.float64: 1e-9, torch.float32: 2e-4}.get(dtype, 5e-2)
+        self.coarse = trace.half or value.dtype in HALF
+        exact = {torch.float64: 1e-9, torch.float32: 2e-4}.get(dtype, 5e-2)
+        self.tolerance = 5e-2 if self.coarse else exact
+        self.expected: dict[str, Tensor] = {}
+        self.total = 0.0
+
+    def sketch(self) -> Verdict:
+        """What shapes alone say."""
+        return self._layouts(Verdict(frozenset(Sites(self.model, self.params, {}, {}).uncovered), coarse=self.coarse))
 
     def run(self) -> Verdict:
-        uncovered = Sites(self.model, self.params, {}, {}).uncovered
-        verdict = self._layouts(Verdict(frozenset(uncovered)))
-        verdict = self._settled(verdict)
+        self.expected, _ = self.by_example.looped(self.batch, self.of, list(self.params))
+        self.total = max(float(rows.norm()) for rows in self.expected.values())
+        verdict = self._settled(self.sketch())
         if verdict.fallback:
             for step in (self._alternatives, self._functional, self._spread, self._forms):
                 verdict = step(verdict)
@@ -93,7 +103,7 @@ class _Search:
             fast, _ = self.by_example.rows(self.batch, self.of, names)
             same = all(self._agrees(name, fast[name], self.looks[0][1]) for name in fast)
             verdict = replace(verdict, vectorised=self.by_example.vectorised and same)
-        return verdict
+        return replace(verdict, coarse=self.coarse)
 
     # what is seen
 
@@ -103,8 +113,6 @@ class _Search:
         sites = Sites(self.model, self.params, verdict.rules, verdict.functional)
         with torch.enable_grad(), traced(self.model, sites.modules(), functional, (), batches.size(batch)) as trace:
             value = self.task.differentiate(self.model, batch, self.of)[0]
-        if any(call.x.dtype in HALF for call in trace.calls):
-            self.tolerance = 5e-2
         return trace, value
 
     def _layouts(self, verdict: Verdict, functional: Mapping[int, str] | None = None) -> Verdict:
@@ -155,7 +163,7 @@ class _Search:
         return error <= self.tolerance * (float(reference.norm()) + 1e-2 * self.total)
 
     def _close(self, value: Tensor, reference: Tensor) -> bool:
-        loose = 5e-2 if self.half or self.tolerance > 1e-2 else 1e-4
+        loose = 5e-2 if self.coarse else 1e-4
         size = float(reference.abs().nan_to_num(0, 0, 0).max())
         return torch.allclose(value, reference, rtol=loose, atol=loose * size, equal_nan=True)
 
@@ -290,7 +298,7 @@ def _by_site(trace: Trace) -> dict[str, list[Call]]:
     return out
 
 
-def _check_separable(task: Task, model: nn.Module, batch: Batch, of: str) -> None:
+def _check_separable(task: Task, model: nn.Module, batch: Batch, of: str, coarse: bool) -> None:
     with torch.enable_grad():
         whole = task.differentiate(model, batch, of)[0].detach()
         again = task.differentiate(model, batch, of)[0].detach()
@@ -300,7 +308,7 @@ def _check_separable(task: Task, model: nn.Module, batch: Batch, of: str) -> Non
             "the model gives another output on a second call with the same batch; expected a deterministic model "
             "(is something random left on in eval mode?)"
         )
-    loose = 1e-3 if whole.dtype in (torch.float32, torch.float64) else 5e-2
+    loose = 5e-2 if coarse else 1e-3
     if whole.isfinite().all() and not torch.allclose(whole, torch.cat(alone), rtol=loose, atol=loose):
         raise ValueError(
             "an example's output depends on the other examples in its batch (batch statistics?); attribution needs "

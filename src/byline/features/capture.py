@@ -223,7 +223,7 @@ class Capture:
                 for name, g in zip(summed, plain[len(ahead) :], strict=True)
             },
             float(value.detach().abs().sum()),
-            any(t.dtype in HALF for t in [value, *parameters, *(call.x for call in trace.calls)]),
+            self.verdict.coarse or trace.half or any(t.dtype in HALF for t in [value, *parameters]),
         )
         reached = []
         for call, g, h in zip(trace.calls, plain, weighted, strict=False):
@@ -314,7 +314,7 @@ class Capture:
             log.info("per-example autograd runs one example at a time: under vmap it gives other gradients")
             self._autograd.vectorised = False
             rows, alone = self._rows(batch, of, names)
-        refuse_company(value, alone)
+        refuse_company(value, alone, self.verdict.coarse)
         return rows
 
     def _rows(self, batch: Batch, of: str, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
@@ -328,18 +328,19 @@ class Capture:
         return {name: torch.cat([rows[name] for rows, _ in parts]) for name in names}, torch.cat([v for _, v in parts])
 
 
-def refuse_company(together: Tensor, alone: Tensor, scale: float | None = None) -> None:
+def refuse_company(together: Tensor, alone: Tensor, coarse: bool, scale: float | None = None) -> None:
     """Refuse a batch in which an example's output is another than alone.
 
     Args:
         together: (B,) outputs in the batch.
         alone: (B,) the same alone.
+        coarse: whether half precisions take part.
         scale: how large outputs are, to tell a difference from rounding; from those given by default.
 
     Raises:
         ExampleError: names the example that is furthest off.
     """
-    loose = 5e-2 if together.dtype in HALF or alone.dtype in HALF else 1e-3
+    loose = 5e-2 if coarse or together.dtype in HALF or alone.dtype in HALF else 1e-3
     a, b = together.double(), alone.double()
     scale = float(b.abs().nanmean()) if scale is None else scale
     off = (a - b).abs() - loose * (b.abs() + scale) - 1e-6

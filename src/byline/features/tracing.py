@@ -57,11 +57,14 @@ class Trace:
     windows: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """Per parameter: the spans of autograd's counter in which a watched call used it."""
     counts: dict[str, int] = field(default_factory=dict)
+    half: bool = False
+    """Whether a watched call gave half precision."""
     end: int = 0
     """Where the model's own forward pass ended in autograd's counter."""
 
     def add(self, site: Site, x: Tensor, out: Tensor, start: int, stop: int) -> None:
         """Note a call."""
+        self.half |= out.dtype in (torch.float16, torch.bfloat16)
         index = self.counts.get(site.key, 0)
         self.counts[site.key] = index + 1
         # the edge stays that of this output even if an in-place operation changes the tensor later

@@ -30,8 +30,33 @@ class Verdict:
     """Parameters that broadcasting gives to every example (`tracing.repeated`)."""
     vectorised: bool = True
     """Whether per-example autograd gives the same under vmap as one example at a time."""
+    coarse: bool = False
+    """Whether layers compute in half precision, as they do under autocast whatever their weights are."""
     proven: set[int] = field(default_factory=set, compare=False)
     """Hashes of the graphs and shapes whose rows were seen to belong to one example each (`graphs`)."""
+
+
+def agreed(one: Verdict, other: Verdict) -> Verdict:
+    """What two verdicts on one model have in common: of its output and of its loss, so that their rows have one form.
+
+    Where they differ, per-example autograd does it for both.
+    """
+    differ = {
+        name
+        for a, b in ((one.forms, other.forms), (one.functional, other.functional))
+        for name in {*a, *b}
+        if a.get(name) != b.get(name)
+    }
+    return Verdict(
+        one.fallback | other.fallback | frozenset(differ),
+        {**other.layouts, **one.layouts},
+        {**other.rules, **one.rules},
+        {name: use for name, use in one.functional.items() if name not in differ},
+        one.spread | other.spread,
+        {name: form for name, form in one.forms.items() if name not in differ},
+        one.vectorised and other.vectorised,
+        one.coarse or other.coarse,
+    )
 
 
 class Sites:
