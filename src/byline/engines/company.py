@@ -60,9 +60,7 @@ class Company:
             for place, value in zip(order, values, strict=True):
                 if place not in alone:
                     alone[place] = value
-                elif not _same(
-                    alone[place], value, 5e-2 if coarse else 1e-3, max(float(v.abs().max()) for v in alone.values())
-                ):
+                elif not _same(alone[place], value, loose, max(float(v.abs().max()) for v in alone.values())):
                     raise ValueError(
                         f"an example's output depends on the other examples in its batch: train_set[{place}] gives "
                         f"{_shown(alone[place])} alone and {_shown(value)} beside {len(order) - 1} others (padding "
