@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from byline import batches
 from byline.batches import Batch
+from byline.features.tracing import exchanged
 from byline.task import Task
 
 log = logging.getLogger("byline")
@@ -22,19 +23,6 @@ HALF = (torch.bfloat16, torch.float16)
 def wide(t: Tensor) -> Tensor:
     """Half precisions as float32, everything else as it is."""
     return t.float() if t.dtype in HALF else t
-
-
-class _Differentiated(nn.Module):
-    """The task's value as a module's forward, so that functional_call can exchange parameters anywhere inside."""
-
-    def __init__(self, task: Task, model: nn.Module, of: str):
-        super().__init__()
-        self.model = model
-        self._task = [task]
-        self.of = of
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self._task[0].differentiate(self.model, batch, self.of)[0]
 
 
 class PerExample:
@@ -67,7 +55,6 @@ class PerExample:
     def _together(self, batch: Batch, of: str, names: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
         if batches.has_fields(batch):
             raise NotImplementedError("a batch holds lists or arrays, of which vmap would hand on all")
-        wrapped = _Differentiated(self.task, self.model, of)
         n = batches.size(batch)
         mapped: list[Tensor] = []
 
@@ -83,16 +70,18 @@ class PerExample:
             one = batches.map_tensors(
                 batch, lambda t: next(remaining).unsqueeze(0) if t.ndim and t.shape[0] == n else t
             )
-            return functional_call(wrapped, params, (one,)).sum()
+            # by identity: a parameter under several names, or of a module under several, is one
+            with exchanged(self.model, {id(self.params[name]): tensor for name, tensor in params.items()}):
+                return self.task.differentiate(self.model, one, of)[0].sum()
 
-        params = {f"model.{name}": self.params[name].detach() for name in names}
+        params = {name: self.params[name].detach() for name in names}
         size = sum(p.numel() for p in params.values())
         chunk = max(1, min(n, 2**27 // max(1, size)))
         # fused attention has no batching rule, and without one runs example by example
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             mapping = vmap(grad_and_value(value), in_dims=(None, *[0] * len(mapped)), chunk_size=chunk)
             found, values = mapping(params, *mapped)
-        return {name: found[f"model.{name}"].reshape(n, -1).detach() for name in names}, values.detach()
+        return {name: found[name].reshape(n, -1).detach() for name in names}, values.detach()
 
     def looped(self, batch: Batch, of: str, names: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
         """(B, numel) per parameter in its own precision, one forward and backward pass per example."""

@@ -19,7 +19,7 @@ must add up to the batch's gradient as well.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,7 +34,7 @@ from byline.features.blocks import Block, Flat, merge
 from byline.features.layers import SPATIAL, block_of, groups_of
 from byline.features.layouts import Layout, Weights, folded
 from byline.features.totals import Totals
-from byline.features.tracing import Call, Site, repeated, traced
+from byline.features.tracing import Call, Site, Trace, repeated, traced
 from byline.features.verdict import Sites, Verdict
 from byline.task import ExampleError, Task, chosen
 
@@ -194,14 +194,18 @@ class Capture:
         """
         n = batches.size(batch)
         self._batch += 1
-        with (
-            torch.enable_grad(),
-            repeated(self.model, self.verdict.forms, self.params, n) as leaves,
-            traced(self.model, self._sites.modules(), self._functional, self.verdict.spread, n) as trace,
-        ):
-            value, residual = self.task.differentiate(self.model, batch, of)
+        late: set[str] = set()
+        try:
+            value, residual, trace, leaves = self._forward(batch, of, n, self.verdict.forms, self.verdict.spread)
+        except Exception as error:
+            if not self.verdict.forms and not self.verdict.spread:
+                raise
+            # what repeats for every example at one number of them may not at another
+            log.info("nothing is repeated in this batch: %s", (str(error).splitlines() or [type(error).__name__])[0])
+            value, residual, trace, leaves = self._forward(batch, of, n, {}, ())
+            late = {*self.verdict.forms, *(n for key in self.verdict.spread for n in self.sites[key].slots.values())}
         graph = graphs.read(value, self._constants, trace.end if self.task.is_named else None)
-        late = graphs.unexplained(graph.uses, self._names, trace.windows)
+        late |= graphs.unexplained(graph, self._names, trace.windows)
         form = hash((graph.form, tuple(t.shape for t in batches.tensors(batch)), tuple(c.shape for c in trace.calls)))
         known = graph.form is not None and form in self.verdict.proven and self._batch % _AGAIN
         # what has no place among the rules here, or whose rows must add up
@@ -249,6 +253,17 @@ class Capture:
         if weights is not None and not late and graph.form is not None:
             self.verdict.proven.add(form)
         return value.detach(), residual, reached, rows, late, totals
+
+    def _forward(
+        self, batch: Batch, of: str, n: int, forms: Mapping[str, int], spread: Collection[str]
+    ) -> tuple[Tensor, Tensor, Trace, dict[str, Tensor]]:
+        with (
+            torch.enable_grad(),
+            repeated(self.model, forms, self.params, n) as leaves,
+            traced(self.model, self._sites.modules(), self._functional, spread, n) as trace,
+        ):
+            value, residual = self.task.differentiate(self.model, batch, of)
+        return value, residual, trace, leaves
 
     def _layout(self, call: Call) -> Layout | None:
         known = self.verdict.layouts.get(call.site.key, ())
@@ -314,7 +329,8 @@ class Capture:
             log.info("per-example autograd runs one example at a time: under vmap it gives other gradients")
             self._autograd.vectorised = False
             rows, alone = self._rows(batch, of, names)
-        refuse_company(value, alone, self.verdict.coarse)
+        if batches.size(batch) > self.copies:
+            refuse_company(value, alone, self.verdict.coarse)
         return rows
 
     def _rows(self, batch: Batch, of: str, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
@@ -343,7 +359,8 @@ def refuse_company(together: Tensor, alone: Tensor, coarse: bool, scale: float |
     loose = 5e-2 if coarse or together.dtype in HALF or alone.dtype in HALF else 1e-3
     a, b = together.double(), alone.double()
     scale = float(b.abs().nanmean()) if scale is None else scale
-    off = (a - b).abs() - loose * (b.abs() + scale) - 1e-6
+    # half precisions round whatever is added up to an output, which may itself be near zero
+    off = (a - b).abs() - loose * (b.abs() + max(scale, 1.0 if loose > 1e-2 else 1e-6))
     if bool((off > 0).any()):
         place = int(off.nan_to_num(-torch.inf).argmax())
         raise ExampleError(

@@ -9,7 +9,7 @@ sorting, masking out and whatever is not known here does not.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,8 @@ class Graph:
 
     uses: list[tuple[int, int]]
     """(``id`` of a leaf, place of the node that uses it in autograd's count), for every use."""
+    nodes: Collection[Any]
+    """All of its nodes."""
     form: tuple[object, ...] | None
     """The operations, how they are wired and parametrised; None where numbers decide what belongs to whom."""
 
@@ -92,7 +94,7 @@ def read(value: Tensor, constants: Collection[int] = (), until: int | None = Non
     form: list[object] = []
     static = True
     if value.grad_fn is None:
-        return Graph(uses, ())
+        return Graph(uses, (), ())
     numbers = {value.grad_fn: 0}
     stack: list[Any] = [value.grad_fn]
     while stack:
@@ -123,7 +125,7 @@ def read(value: Tensor, constants: Collection[int] = (), until: int | None = Non
                 number = numbers[following] = len(numbers)
                 stack.append(following)
             form.append((number, output))
-    return Graph(uses, tuple(form) if static else None)
+    return Graph(uses, numbers, tuple(form) if static else None)
 
 
 def _by_numbers(node: Any, constants: Collection[int]) -> bool:
@@ -155,19 +157,23 @@ def _plain(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def unexplained(
-    uses: Sequence[tuple[int, int]], names: Mapping[int, str], windows: Mapping[str, list[tuple[int, int]]]
-) -> set[str]:
-    """Parameters with a use that no watched call made.
+Windows = Mapping[str, list[tuple[int, int, Any]]]
+"""Per parameter, for each watched call that used it: when it began and ended in autograd's count, its output's node."""
+
+
+def unexplained(graph: Graph, names: Mapping[int, str], windows: Windows) -> set[str]:
+    """Parameters with a use that no watched call made, or none whose output the value goes through.
+
+    An output that is changed in place can leave its node behind: what was to be its gradient is then nowhere.
 
     Args:
-        uses: of a graph.
+        graph: of the value.
         names: of the parameters, by ``id``.
-        windows: per parameter, the spans of autograd's count in which watched calls used it.
+        windows: of the watched calls.
     """
     return {
         name
-        for variable, place in uses
+        for variable, place in graph.uses
         if (name := names.get(variable)) is not None
-        and not any(start <= place < stop for start, stop in windows.get(name, ()))
+        and not any(start <= place < stop and node in graph.nodes for start, stop, node in windows.get(name, ()))
     }

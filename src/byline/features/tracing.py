@@ -54,8 +54,8 @@ class Trace:
     """What a forward pass showed."""
 
     calls: list[Call] = field(default_factory=list)
-    windows: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    """Per parameter: the spans of autograd's counter in which a watched call used it."""
+    windows: dict[str, list[tuple[int, int, Any]]] = field(default_factory=dict)
+    """Per parameter: the spans of autograd's counter in which a watched call used it, and its output's node."""
     counts: dict[str, int] = field(default_factory=dict)
     half: bool = False
     """Whether a watched call gave half precision."""
@@ -68,9 +68,10 @@ class Trace:
         index = self.counts.get(site.key, 0)
         self.counts[site.key] = index + 1
         # the edge stays that of this output even if an in-place operation changes the tensor later
-        self.calls.append(Call(site, index, x.detach(), get_gradient_edge(out), out.shape))
+        edge = get_gradient_edge(out)
+        self.calls.append(Call(site, index, x.detach(), edge, out.shape))
         for name in site.slots.values():
-            self.windows.setdefault(name, []).append((start, stop))
+            self.windows.setdefault(name, []).append((start, stop, edge.node))
 
 
 @contextmanager
@@ -211,16 +212,24 @@ def repeated(
     for name, ones in forms.items():
         parameter = params[name].detach()
         own = parameter if ones < 0 else parameter.reshape(1, *[1] * ones, *parameter.shape)
-        leaves[name] = own.expand(examples, *own.shape[1:]).clone().requires_grad_()
-    names = {id(params[name]): name for name in forms}
+        # of one example it is the gradient as it is, and shapes of one need not broadcast as those of several
+        own = own.expand(examples, *own.shape[1:]) if examples > 1 else parameter
+        leaves[name] = own.clone().requires_grad_()
+    with exchanged(model, {id(params[name]): leaf for name, leaf in leaves.items()}):
+        yield leaves
+
+
+@contextmanager
+def exchanged(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
+    """Other tensors in the place of parameters, by their ``id``, under whatever names a model holds them."""
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
-        for module in model.modules() if forms else ():
+        for module in model.modules() if tensors else ():
             for attribute, held in module._parameters.items():
-                if held is not None and id(held) in names:
+                if held is not None and id(held) in tensors:
                     kept.append((module, attribute, held))
-                    module._parameters[attribute] = leaves[names[id(held)]]  # type: ignore[assignment]
-        yield leaves
+                    module._parameters[attribute] = tensors[id(held)]  # type: ignore[assignment]
+        yield
     finally:
         for module, attribute, held in kept:
             module._parameters[attribute] = held
