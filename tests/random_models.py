@@ -1582,13 +1582,13 @@ def draw(choose: Choose, without: Sequence[str] = ()) -> Spec:
     inputs = choose(list(INPUTS))
     kind = INPUTS[inputs]
     possible = [o for o in OUTPUTS if o != "language-modeling" or (kind in ("seq", "tok") and inputs != "masked")]
-    output = choose(possible)
+    output = choose([*[o for o in possible if ":" not in o] * 2, *possible])
     small = [3, 2, 4, 5, 6, 8]
     spec = Spec(
         inputs, (), output, d=choose(small), t=choose([3, 2, 4, 5, 7]), classes=choose([2, 3, 4, 5]),
         vocab=choose([5, 3, 4, 6, 8]), side=choose([4, 3, 5]), n=choose([9, 8, 12, 17, 25, 30]),
         dtype=choose(["float64", "float64", "float64", "float32", "bfloat16"]),
-        members=choose(["one", "one", "one", "two", "masks1", "masks2", "masks3", "forward2"]),
+        members=choose(["one", "one", "one", "one", "two", "masks1", "masks2", "masks3", "forward2"]),
         features=choose(["exact", "exact", "exact", "lowrank"]), seed=choose(range(1000)),
     )  # fmt: skip
     s, names = start(spec), []
@@ -1620,6 +1620,8 @@ def draw(choose: Choose, without: Sequence[str] = ()) -> Spec:
     if output == "callable:head":
         heads = ["head", "head:nobias"]
     spec = replace(spec, pieces=(*names, choose([h for h in heads if h not in without])))
+    if "embed:max_norm" in names and output == "callable:prior":  # its weights depend on what was looked up before
+        spec = replace(spec, output="callable:logit")
     if spec.dtype == "bfloat16" and any(name.startswith(DECIDES) for name in names):
         spec = replace(spec, dtype="float32")
     return replace(spec, batch=choose(sizes(spec)))
