@@ -1696,9 +1696,9 @@ def main() -> None:
             tally[check(spec).split(":")[0]] += 1
         except Finding as finding:
             tally[finding.kind] += 1
-            place = re.sub(r"[\d\[\], ]+", " ", str(finding))
-            seen[place] += 1
-            if finding.kind != "wrong" and seen[place] > 3:
+            said = re.sub(r"[\d\W]+", " ", str(finding).split(" [")[0])
+            seen[said] += 1
+            if finding.kind != "wrong" and seen[said] > 2:
                 continue
             small, message = smaller(spec, str(finding), args.shrink)
             key = f"{finding.kind} {' '.join(small.pieces[:-1])}"

@@ -130,7 +130,15 @@ KNOWN = [
         features="lowrank",
         seed=717,
     ),
+    # what is left to autograd, on positions
+    Spec("sequence", ("subclass:clamped", "pool:last", "head")),
+    Spec("sequence", ("hook:output", "pool:mean", "head"), d=4, t=5),
+    Spec("sequence", ("inplace:relu", "pool:mean", "head")),
+    Spec("padded", ("embed", "subclass:doubled", "pool:first", "head")),
+    # a batch of one, changed in place
+    Spec("left", ("embed", "layout:last_first", "inplace:mul", "head"), output="language-modeling"),
     # half precision
+    Spec("sequence", ("tokens:batch_last", "head"), output="language-modeling", t=4, dtype="bfloat16", seed=581),
     Spec("vector", ("bare:prior", "head"), output="callable:loss", dtype="bfloat16"),
 ]
 
