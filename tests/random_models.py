@@ -1573,8 +1573,8 @@ def sizes(spec: Spec) -> list[int]:
     return sorted(size for size in found if size == 256 or 0 < size <= spec.n)
 
 
-# What takes another branch when a number is rounded otherwise: no two runs in half precision need to agree on it.
-DECIDES = ("route:", "tokens:valid", "pool:max", "picture:max", "layout:sorted")
+# What takes another branch when a number is rounded otherwise, or is not made for half precision: runs need not agree.
+DECIDES = ("route:", "tokens:valid", "pool:max", "picture:max", "layout:sorted", "weights:orthogonal")
 
 
 def draw(choose: Choose, without: Sequence[str] = ()) -> Spec:

@@ -130,6 +130,7 @@ KNOWN = [
         features="lowrank",
         seed=717,
     ),
+    Spec("masked", ("position:rotated", "pool:first", "head")),
     # what is left to autograd, on positions
     Spec("sequence", ("subclass:clamped", "pool:last", "head")),
     Spec("sequence", ("hook:output", "pool:mean", "head"), d=4, t=5),
@@ -137,7 +138,18 @@ KNOWN = [
     Spec("padded", ("embed", "subclass:doubled", "pool:first", "head")),
     # a batch of one, changed in place
     Spec("left", ("embed", "layout:last_first", "inplace:mul", "head"), output="language-modeling"),
-    # half precision
+    # half precision: rounded otherwise beside others
+    Spec("sequence", ("mha", "head"), output="language-modeling", d=8, dtype="bfloat16"),
+    Spec("vector", ("inside:autocast", "head"), dtype="float32"),
+    Spec(
+        "tokens",
+        ("bag:offsets", "act:tanh", "dropout:functional", "head"),
+        d=8,
+        classes=4,
+        dtype="bfloat16",
+        members="masks2",
+        seed=145,
+    ),
     Spec("sequence", ("tokens:batch_last", "head"), output="language-modeling", t=4, dtype="bfloat16", seed=581),
     Spec("vector", ("bare:prior", "head"), output="callable:loss", dtype="bfloat16"),
 ]
