@@ -80,26 +80,6 @@ def check(
             tried(task, own, batches.to(few, device), lambda batch: task.differentiate(own, batch, of), name, dataset)
 
 
-def check_parameters(task: Task) -> None:
-    """Refuse a model whose numbers have no gradient as the rest of byline knows it.
-
-    Raises:
-        ValueError: it is quantised, or has complex parameters that count.
-    """
-    for name, module in task.model.named_modules():
-        if ".quantized" in type(module).__module__:
-            raise ValueError(
-                f"the model is quantised ({name or 'it'} is a {type(module).__name__} of {type(module).__module__}), "
-                "and such weights have no gradients; expected the model before it was quantised"
-            )
-    for name, parameter in task.model.named_parameters():
-        if parameter.is_complex() and parameter.requires_grad and task.selects(name):
-            raise ValueError(
-                f"the parameter {name} is complex ({parameter.dtype}); expected real ones, or params= that leaves out "
-                "what is complex"
-            )
-
-
 def _check_collate(dataset: Any, places: list[int], collate: Collate, name: str, most: int) -> None:
     """Refuse a collate that is random, or whose batches cannot be told apart into examples."""
 

@@ -779,8 +779,6 @@ class Attributor(ABC):
             )
 
     def _check_model(self) -> None:
-        if self._differentiates:
-            arrivals.check_parameters(self.task)
         for name, module in self.task.model.named_modules():
             if module.training:
                 raise ValueError(
