@@ -104,7 +104,7 @@ KNOWN = [
     Spec("vector", ("layout:lead", "dropout:module", "head"), members="masks2"),
     Spec("vector", ("layout:halves", "dropout:module", "head"), members="masks2"),
     Spec("vector", ("layout:examples_one", "dropout:module", "head"), members="masks2"),
-    Spec("vector", ("layout:stride", "dropout:module", "head:bare"), members="masks3", seed=96),
+    Spec("vector", ("layout:stride", "dropout:module", "head:bare"), members="masks3", d=6),
     Spec("sequence", ("route:top", "pool:flatten", "dropout:module", "head"), members="masks2"),
     Spec("masked", ("pool:graph", "dropout:module", "head"), members="masks2"),
     Spec("vector", ("layout:expand", "dropout:module", "head"), members="masks3", n=30, dtype="float32", seed=309),
@@ -131,13 +131,21 @@ KNOWN = [
         seed=717,
     ),
     Spec("masked", ("position:rotated", "pool:first", "head")),
+    Spec("sequence", ("position:bare2", "pool:mean", "head"), output="regression"),
+    Spec("masked", ("position:bare2", "pool:last", "head")),
     # what is left to autograd, on positions
     Spec("sequence", ("subclass:clamped", "pool:last", "head")),
     Spec("sequence", ("hook:output", "pool:mean", "head"), d=4, t=5),
     Spec("sequence", ("inplace:relu", "pool:mean", "head")),
     Spec("padded", ("embed", "subclass:doubled", "pool:first", "head")),
-    # a batch of one, changed in place
+    # a batch of one, changed in place: a layer's output is a view there, and beside others it is none
+    Spec("sequence", ("mha", "inplace:relu", "pool:mean", "head"), d=4),
+    Spec("sequence", ("mha", "inplace:relu", "pool:mean", "head"), d=4, batch=1),
+    Spec("sequence", ("gru:second", "inplace:mul", "pool:mean", "head"), d=4, t=5),
+    Spec("tokens", ("embed:pad", "mha:causal", "inplace:relu", "head"), output="language-modeling", d=2),
     Spec("left", ("embed", "layout:last_first", "inplace:mul", "head"), output="language-modeling"),
+    Spec("sequence", ("weights:sum", "pool:last", "head")),
+    Spec("sequence", ("weights:bias_too", "pool:flatten", "head")),
     # half precision: rounded otherwise beside others
     Spec("sequence", ("mha", "head"), output="language-modeling", d=8, dtype="bfloat16"),
     Spec("vector", ("inside:autocast", "head"), dtype="float32"),
