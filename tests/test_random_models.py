@@ -2,7 +2,7 @@
 
 `random_models` has the grammar and the reference. A model that plain autograd can differentiate has the right scores,
 or is refused in one sentence where the documentation says so; a batch size that happens to equal another size of the
-model is nothing special. Here some hundred models, always the same ones; more, and others each time, with::
+model is nothing special. Here sixty models, always the same ones; more, and others each time, with::
 
     BYLINE_RANDOM_MODELS=2000 python -m pytest tests/test_random_models.py -k test_random_model
     PYTHONPATH=src:tests python tests/random_models.py --examples 5000 --seed 1   # does not stop at a failure
@@ -32,7 +32,7 @@ def specs() -> st.SearchStrategy[Spec]:
 
 
 @settings(
-    max_examples=MANY or 100,
+    max_examples=MANY or 60,
     derandomize=not MANY,
     database=None,
     deadline=None,
