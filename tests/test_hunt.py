@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import checkpoint as home
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 import byline
 from byline.features.layouts import Weights
+from byline.swaps import uncheckpointed
 
 D = 4
 
@@ -167,3 +171,66 @@ def test_gradients_of_zero_prove_nothing_for_the_next_checkpoint():
     ).fit(TensorDataset(items))
     scores = torch.as_tensor(method.attribute(TensorDataset(items)).values).double()
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+
+
+# parts that are computed again in the backward pass
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, way: bool | None, functional: bool = False):
+        super().__init__()
+        self.way, self.functional = way, functional
+        self.first, self.second, self.last = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, 1)
+        self.drop, self.after = nn.Dropout(0.3), nn.Dropout(0.3)
+
+    def part(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return (F.dropout(h, 0.3, self.training) if self.functional else self.drop(h)).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        h = self.part(x) if self.way is None else checkpoint(self.part, x, use_reentrant=self.way)
+        return self.last(self.after(self.second(h)).tanh())[:, 0]
+
+
+@pytest.mark.parametrize("way", [True, False])
+def test_a_checkpointed_part_has_gradients(way):
+    torch.manual_seed(1)
+    check(Checkpointed(way), torch.randn(12, D, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("functional", [True, False])
+@pytest.mark.parametrize("way", [True, False])
+def test_masks_inside_a_checkpointed_part_are_those_of_the_forward_pass(way, functional):
+    items = TensorDataset(torch.randn(12, D))
+    found = []
+    for own in (way, None):
+        torch.manual_seed(1)
+        model = Checkpointed(own, functional).eval()
+        task = byline.Task(model, output=said, loss=said)
+        ensemble = byline.Dropout(byline.Independent([copy.deepcopy(model)]), masks=3, p=0.4)
+        method = byline.GradDot(task, ensemble, features=byline.Exact(), batch_size=5, progress=False).fit(items)
+        found.append(torch.as_tensor(method.attribute(items).values))
+    torch.testing.assert_close(*found)
+
+
+def test_checkpointing_is_as_it_was_afterwards_and_in_other_threads():
+    apply, generator = home.CheckpointFunction.apply, home._checkpoint_without_reentrant_generator
+    again: list[bool] = []
+
+    def part(x: Tensor) -> Tensor:
+        again.append(torch.is_grad_enabled())
+        return x.sin()
+
+    def run() -> None:
+        checkpoint(part, torch.ones(2, requires_grad=True), use_reentrant=True).sum().backward()
+
+    with uncheckpointed(reentrant=True), uncheckpointed(reentrant=False):
+        run()
+        assert again == [True]
+        other = threading.Thread(target=run)
+        other.start()
+        other.join()
+        assert again == [True, False, True]
+    assert home.CheckpointFunction.apply == apply
+    assert home._checkpoint_without_reentrant_generator is generator
