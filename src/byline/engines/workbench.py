@@ -21,6 +21,7 @@ from byline.features.autograd import HALF
 from byline.features.calibrate import calibrate
 from byline.features.capture import Capture, attributed
 from byline.features.verdict import Verdict, agreed
+from byline.swaps import uncheckpointed
 from byline.task import Task
 
 Collate = Callable[[list[Any]], Any]
@@ -93,7 +94,7 @@ class Workbench:
         except IndexError:
             lent = _Copy(copied(self.task.model).to(self.device).eval())
         try:
-            with eager(lent.model):
+            with eager(lent.model), uncheckpointed(reentrant=True):
                 yield lent
         except GeneratorExit:
             # whoever asked has seen enough, and everything was undone on the way here

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from byline.ensembles.base import Change, Ensemble, Member, as_ensemble, check_count, check_seed
-from byline.swaps import swapped
+from byline.swaps import swapped, uncheckpointed
 from byline.task import before_forward
 
 # which dimensions (counted after the batch) share one decision: none, or all but the channel
@@ -400,6 +400,8 @@ class _Session:
         self._stack.callback(before_forward.reset, token)
         handle = self.model.register_forward_pre_hook(self._restart)
         self._stack.callback(handle.remove)
+        # what runs again in the backward pass would reach each site another time
+        self._stack.enter_context(uncheckpointed(reentrant=False))
         if self.functional:
             self._stack.enter_context(_FunctionalDropout(self))
         return self

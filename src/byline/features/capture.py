@@ -42,6 +42,8 @@ log = logging.getLogger("byline")
 
 _AGAIN = 16  # batches after which what was seen is looked at again
 
+_WIRINGS = 64  # a model that has another one in every batch gains nothing by being looked at
+
 
 class Capture:
     """The gradients of a model's attributed parameters.
@@ -204,7 +206,8 @@ class Capture:
             log.info("nothing is repeated in this batch: %s", (str(error).splitlines() or [type(error).__name__])[0])
             value, residual, trace, leaves = self._forward(batch, of, n, {}, ())
             late = {*self.verdict.forms, *(n for key in self.verdict.spread for n in self.sites[key].slots.values())}
-        graph = graphs.read(value, self._constants, trace.end if self.task.is_named else None)
+        end = trace.end if self.task.is_named else None
+        graph = graphs.read(value, self._constants, end, self._leaves(leaves))
         late |= graphs.unexplained(graph, self._names, trace.windows)
         form = hash((graph.form, tuple(t.shape for t in batches.tensors(batch)), tuple(c.shape for c in trace.calls)))
         known = graph.form is not None and form in self.verdict.proven and self._batch % _AGAIN
@@ -251,8 +254,36 @@ class Capture:
             elif g is not None:
                 rows[name] = g
         if weights is not None and not late and graph.form is not None:
-            self.verdict.proven.add(form)
+            told = all(weights.tells(g) for g in [*(g for _, _, g, _ in reached), *rows.values()])
+            if told and self._apart(graph, batch, of, end):
+                self.verdict.proven.add(form)
         return value.detach(), residual, reached, rows, late, totals
+
+    def _leaves(self, copies: Mapping[str, Tensor]) -> dict[int, object]:
+        """What stands for a parameter in a graph's form: the same for a copy in its place."""
+        own = {id(parameter): id(parameter) for parameter in self.model.parameters()}
+        return {**own, **{id(copy): id(self.params[name]) for name, copy in copies.items()}}
+
+    def _apart(self, graph: graphs.Graph, batch: Batch, of: str, end: int | None) -> bool:
+        """Whether the shapes of a graph and of the same one of fewer examples show that it keeps them apart."""
+        n = batches.size(batch)
+        size = n // self.copies
+        if size < 3 or len(self.verdict.apart) >= _WIRINGS:
+            # one example broadcasts, and says nothing of a dimension
+            return False
+        wiring = graphs.wiring(graph)
+        if wiring not in self.verdict.apart:
+            few = batches.pick(batch, [place for place in range(n) if (place + 1) % size])
+            try:
+                value, _, _, leaves = self._forward(few, of, n - self.copies, self.verdict.forms, self.verdict.spread)
+                other = graphs.read(value, leaves=self._leaves(leaves))
+                self.verdict.apart[wiring] = graphs.wiring(other) == wiring and graphs.keeps_apart(
+                    graph, other, n, n - self.copies, end
+                )
+            except Exception as error:
+                log.info("not known to keep examples apart: %s", (str(error).splitlines() or [type(error).__name__])[0])
+                self.verdict.apart[wiring] = False
+        return self.verdict.apart[wiring]
 
     def _forward(
         self, batch: Batch, of: str, n: int, forms: Mapping[str, int], spread: Collection[str]

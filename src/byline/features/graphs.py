@@ -3,7 +3,9 @@ belongs to which example.
 
 Most operations treat their rows the same whatever the numbers are: of two passes with the same operations, wired and
 parametrised alike on tensors of the same shapes, either both keep examples apart or neither does. Indexing by tensors,
-sorting, masking out and whatever is not known here does not.
+sorting, masking out and whatever is not known here does not. Neither does anything that brings the examples together on
+its way (a sum over them of numbers that may be zeros and ones, all pairs of them): which they are is seen in the shapes
+at two numbers of examples (`keeps_apart`).
 """
 
 from __future__ import annotations
@@ -36,8 +38,11 @@ _STATIC = frozenset({
 })  # fmt: skip
 _SAVED = (
     "dim", "dims", "dim0", "dim1", "index", "start", "end", "step", "split_size", "split_sizes", "shifts", "repeats",
-    "self_sym_sizes", "size",
+    "self_sym_sizes", "size", "offset", "dim2",
 )  # fmt: skip
+_LENGTHS = frozenset(f"_saved_{a}" for a in ("index", "start", "end", "split_size", "split_sizes", "repeats",
+    "self_sym_sizes", "size"))  # fmt: skip
+"""What may differ between passes of one wiring."""
 _PRODUCTS = frozenset(["Mm", "Bmm", "Addmm", "Baddbmm", "Mv", "Addmv", "Dot", "Linear", "MkldnnLinear"])
 _VIEWS = frozenset(
     (
@@ -75,13 +80,18 @@ class Graph:
 
     uses: list[tuple[int, int]]
     """(``id`` of a leaf, place of the node that uses it in autograd's count), for every use."""
-    nodes: Collection[Any]
-    """All of its nodes."""
+    nodes: Mapping[Any, object]
+    """All of its nodes in the order of the walk, and what stands for each in the form."""
     form: tuple[object, ...] | None
     """The operations, how they are wired and parametrised; None where numbers decide what belongs to whom."""
 
 
-def read(value: Tensor, constants: Collection[int] = (), until: int | None = None) -> Graph:
+def read(
+    value: Tensor,
+    constants: Collection[int] = (),
+    until: int | None = None,
+    leaves: Mapping[int, object] | None = None,
+) -> Graph:
     """Walk the graph behind a value.
 
     Args:
@@ -89,13 +99,14 @@ def read(value: Tensor, constants: Collection[int] = (), until: int | None = Non
         constants: addresses of the model's own storages. A product with any other tensor that has no gradient may sort
             or route examples by numbers.
         until: place in autograd's count from which on operations are byline's own, and keep examples apart.
+        leaves: what stands for a leaf in the form, by its ``id``; leaves that a pass makes are numbered like nodes.
     """
     uses: list[tuple[int, int]] = []
     form: list[object] = []
     static = True
     if value.grad_fn is None:
-        return Graph(uses, (), ())
-    numbers = {value.grad_fn: 0}
+        return Graph(uses, {}, ())
+    numbers: dict[Any, object] = {value.grad_fn: 0}
     stack: list[Any] = [value.grad_fn]
     while stack:
         node = stack.pop()
@@ -107,6 +118,8 @@ def read(value: Tensor, constants: Collection[int] = (), until: int | None = Non
             _saved[kind] = tuple(f"_saved_{a}" for a in _SAVED if hasattr(node, f"_saved_{a}"))
         if static and (until is None or node._sequence_nr() < until):
             static = known[1] and not (known[0] in _PRODUCTS and _by_numbers(node, constants))
+            # rows of a parameter are looked up by each example, those of anything else may be the examples
+            static = static and (known[0] != "Embedding" or _is_leaf(node.next_functions[0][0]))
         form.append(kind)
         for attribute in _saved[kind]:
             form.append(_plain(getattr(node, attribute)))
@@ -118,14 +131,66 @@ def read(value: Tensor, constants: Collection[int] = (), until: int | None = Non
             variable = getattr(following, "variable", None)
             if variable is not None:
                 uses.append((id(variable), node._sequence_nr()))
-                form.append((id(variable) if number is None else number, output))
-                numbers.setdefault(following, id(variable))
+                if number is None:
+                    number = numbers[following] = (leaves or {}).get(id(variable), len(numbers))
+                form.append((number, output))
                 continue
             if number is None:
                 number = numbers[following] = len(numbers)
                 stack.append(following)
             form.append((number, output))
     return Graph(uses, numbers, tuple(form) if static else None)
+
+
+def wiring(graph: Graph) -> int:
+    """A hash of the operations and how they are wired, whatever the sizes."""
+    form: list[object] = []
+    for node, number in graph.nodes.items():
+        if getattr(node, "variable", None) is not None:
+            form.append(number)
+            continue
+        kind = node.name()
+        form.append(kind)
+        form += [_plain(getattr(node, attribute)) for attribute in _saved[kind] if attribute not in _LENGTHS]
+        form += [(graph.nodes.get(following), output) for following, output in node.next_functions]
+    return hash(tuple(form))
+
+
+def keeps_apart(many: Graph, few: Graph, examples: int, fewer: int, until: int | None = None) -> bool:
+    """Whether no operation brings examples together, as the shapes of two passes of one wiring tell.
+
+    A sum over the examples whose terms are picked by numbers, however it is written, goes through a tensor that has
+    the examples in two dimensions, or loses the dimension that they were in.
+
+    Args:
+        many: of so many ``examples``.
+        few: of ``fewer``.
+        examples: how many.
+        fewer: how many.
+        until: place in autograd's count from which on operations of ``many`` are byline's own.
+    """
+
+    def places(a: Any, b: Any, output: int) -> list[int] | None:
+        one, other = (tuple(node._input_metadata[output].shape) for node in (a, b))
+        if len(one) != len(other):
+            return None
+        found = [dim - len(one) for dim, (x, y) in enumerate(zip(one, other, strict=True)) if x != y]
+        return found if all(one[dim] * fewer == other[dim] * examples for dim in found) else None
+
+    for a, b in zip(many.nodes, few.nodes, strict=True):
+        if getattr(a, "variable", None) is not None or (until is not None and a._sequence_nr() >= until):
+            continue
+        outs = [places(a, b, output) for output in range(len(a._input_metadata))]
+        ins = [
+            places(x, y, output)
+            for (x, output), (y, _) in zip(a.next_functions, b.next_functions, strict=True)
+            if x is not None and y is not None
+        ]
+        if any(found is None or len(found) > 1 for found in outs + ins) or (any(ins) and not any(outs)):
+            return False
+        if "ScaledDotProduct" in a.name() and [-2] in outs:
+            return False
+    return True
 
 
 def _by_numbers(node: Any, constants: Collection[int]) -> bool:

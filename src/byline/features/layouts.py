@@ -103,6 +103,14 @@ class Weights:
         )
         self.values = values[places[:examples]].to(like)
 
+    def tells(self, plain: Tensor) -> bool:
+        """Whether the rows of every example have something to tell: zeros are anybody's.
+
+        Args:
+            plain: (examples · per, ..) gradients of the values' sum, by example.
+        """
+        return bool(plain.reshape(len(self.values), -1).any(1).all())
+
     def apart(self, plain: Tensor, weighted: Tensor) -> bool:
         """Whether each row's gradient is that of its own example alone.
 

@@ -34,6 +34,8 @@ class Verdict:
     """Whether layers compute in half precision, as they do under autocast whatever their weights are."""
     proven: set[int] = field(default_factory=set, compare=False)
     """Hashes of the graphs and shapes whose rows were seen to belong to one example each (`graphs`)."""
+    apart: dict[int, bool] = field(default_factory=dict, compare=False)
+    """By wiring, whether its shapes show that no operation brings examples together (`graphs.keeps_apart`)."""
 
 
 def agreed(one: Verdict, other: Verdict) -> Verdict:
