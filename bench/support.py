@@ -27,15 +27,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from common import ROOT
-from paths import ConvNeXtBlock, LayerNorm2d, Rows, ViT
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset, default_collate
 
 import byline
-from byline.engines.support import LOOP, ONE_PASS, VMAP, paths
+from byline.engines.support import LOOP, ONE_PASS, VMAP, grouped, paths
 from byline.engines.workbench import Workbench
+from common import ROOT
+from paths import ConvNeXtBlock, LayerNorm2d, Rows, ViT
 
 PAGE, KEPT = ROOT / "docs" / "support.md", ROOT / "docs" / "assets" / "support.json"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
@@ -97,7 +97,11 @@ def texts(n: int) -> list[dict[str, torch.Tensor]]:
 def padded(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Each batch to its own longest text."""
     rows = nn.utils.rnn.pad_sequence([item["input_ids"] for item in items], batch_first=True)
-    return {"input_ids": rows, "attention_mask": (rows != 0).long(), "labels": torch.stack([i["labels"] for i in items])}
+    return {
+        "input_ids": rows,
+        "attention_mask": (rows != 0).long(),
+        "labels": torch.stack([i["labels"] for i in items]),
+    }
 
 
 def unmasked(items: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -301,7 +305,9 @@ class StateSpace(nn.Module):
 
 
 def normed(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(wrap(nn.Linear(6, 16)), nn.Tanh(), wrap(nn.Linear(16, 16)), nn.Tanh(), nn.Linear(16, 3))
+    return lambda: nn.Sequential(
+        wrap(nn.Linear(6, 16)), nn.Tanh(), wrap(nn.Linear(16, 16)), nn.Tanh(), nn.Linear(16, 3)
+    )
 
 
 class FunctionalDropout(nn.Module):
@@ -391,7 +397,9 @@ def adapted(*targets: str, **options: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
-        return get_peft_model(llama(), LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False, **options))
+        return get_peft_model(
+            llama(), LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False, **options)
+        )
 
     return make
 
@@ -509,13 +517,13 @@ def measure(name: str) -> dict[str, Any]:
     expected = -outputs @ by_autograd(beside, plain, train, family.collate, "loss").T
     error = float(np.abs(scores - expected).max() / np.abs(expected).max())
     shares = {way: sum(p["size"] for p in found if p["way"] == way) for way in (ONE_PASS, VMAP, LOOP)}
-    layers: dict[tuple[str, ...], dict[str, Any]] = {}
-    for part in found:
-        key = (part["layer"], part["parameter"].rpartition(".")[2], part["way"], part["how"])
-        entry = dict(zip(("layer", "parameter", "way", "how"), key, strict=True))
-        kept = layers.setdefault(key, {**entry, "size": 0})
-        kept["size"] += part["size"]
-    return {"error": error, "numbers": shares, "masks": masks(task, train, family), "layers": list(layers.values())}
+    return {
+        "error": error,
+        "numbers": shares,
+        "masks": masks(task, train, family),
+        "slow": slow(found),
+        "layers": grouped(found),
+    }
 
 
 def masks(task: byline.Task, train: Any, family: Family) -> str:
@@ -555,10 +563,15 @@ def share(part: int, whole: int) -> str:
     return f"{min(max(round(100 * part / whole), 1), 99) if 0 < part < whole else round(100 * part / whole)} %"
 
 
-def slow(one: dict[str, Any]) -> str:
-    """Which layers' parameters are not had in one pass."""
-    named = [f"{p['layer']}" for p in one["layers"] if p["way"] != ONE_PASS]
-    return ", ".join(f"`{name}`" for name in dict.fromkeys(named)) or "–"
+def slow(found: list[dict[str, Any]]) -> list[str]:
+    """Which layers' parameters are not had in one pass; by name too, where others of their type are."""
+    fast = {p["layer"] for p in found if p["way"] == ONE_PASS}
+    said: dict[str, None] = {}
+    for part in found:
+        if part["way"] != ONE_PASS:
+            held = [step for step in part["parameter"].split(".")[:-1] if not step.isdigit()]
+            said[f"`{part['layer']}`" + (f" ({held[-1]})" if held and part["layer"] in fast else "")] = None
+    return list(said)
 
 
 def cell(text: str) -> str:
@@ -568,14 +581,16 @@ def cell(text: str) -> str:
 def measured_part(found: dict[str, dict[str, Any]]) -> str:
     """What stands between the markers."""
     lines = [
-        "| family | gradients | layers not in one pass | masks | error |",
+        "| family | parameters | layers not in one pass | dropout masks | largest error |",
         "| --- | --- | --- | --- | --- |",
     ]
     refused = {name: one for name, one in found.items() if "refused" in one}
     works = {name: one for name, one in found.items() if "refused" not in one}
     for name, one in works.items():
         kind = one["masks"].partition(":")[0]
-        lines.append(f"| {name} | {verdict(one)} | {slow(one)} | {kind} | ≤ {bound(one['error'])} |")
+        lines.append(
+            f"| {name} | {verdict(one)} | {', '.join(one['slow']) or '–'} | {kind} | ≤ {bound(one['error'])} |"
+        )
     lines += ["", "## What is refused", "", "| what | the sentence |", "| --- | --- |"]
     lines += [f"| {name} | {cell(one['refused'])} |" for name, one in refused.items()]
     lines += [
@@ -583,7 +598,8 @@ def measured_part(found: dict[str, dict[str, Any]]) -> str:
         for name, one in works.items()
         if one["masks"].startswith("refused")
     ]
-    lines += ["", "## Layer by layer", "", *by_layer(works), ""]
+    lines += ["", "## Layer by layer", "", "In which families a type of layer is had how; then each family.", ""]
+    lines += by_layer(works)
     for name, one in works.items():
         lines += [f'<details markdown="1"><summary>{name}</summary>', ""]
         lines += ["| layer | parameter | numbers | way | how |", "| --- | --- | --- | --- | --- |"]
@@ -596,20 +612,23 @@ def measured_part(found: dict[str, dict[str, Any]]) -> str:
 
 def by_layer(works: dict[str, dict[str, Any]]) -> list[str]:
     """A table of all types of layers, over the families."""
-    ways: dict[str, dict[str, None]] = {}
-    for one in works.values():
+    ways: dict[str, dict[str, dict[str, None]]] = {}
+    for name, one in works.items():
         for part in one["layers"]:
-            said = part["way"] if part["way"] == ONE_PASS else f"{part['way']} (`{part['parameter']}`)"
-            ways.setdefault(part["layer"], {})[said] = None
-    lines = ["Over all families above; each is opened below.", "", "| layer | ways |", "| --- | --- |"]
-    return lines + [f"| `{layer}` | {', '.join(ways[layer])} |" for layer in sorted(ways, key=str.lower)] + [""]
+            ways.setdefault(part["layer"], {}).setdefault(part["way"], {})[name] = None
+    lines = ["| layer | in one pass, families | vmap, in | one by one, in |", "| --- | --- | --- | --- |"]
+    for layer in sorted(ways, key=str.lower):
+        fast = str(len(ways[layer][ONE_PASS])) if ONE_PASS in ways[layer] else "–"
+        slow = [", ".join(ways[layer].get(way, {})) or "–" for way in (VMAP, LOOP)]
+        lines.append(f"| `{layer}` | {fast} | {slow[0]} | {slow[1]} |")
+    return [*lines, ""]
 
 
 def facts(one: dict[str, Any]) -> Any:
     """What must not change unsaid: all but the exact error, and numbers inside of sentences."""
     if "refused" in one:
         return re.sub(r"-?\d+(\.\d+)?(e[-+]\d+)?", "0", one["refused"])
-    return one["numbers"], one["masks"], one["layers"]
+    return one["numbers"], one["masks"], one["slow"], one["layers"]
 
 
 def differences(found: dict[str, dict[str, Any]], kept: dict[str, dict[str, Any]]) -> list[str]:
@@ -620,7 +639,9 @@ def differences(found: dict[str, dict[str, Any]], kept: dict[str, dict[str, Any]
         if other is None:
             said.append(f"{name} is not on the page")
         elif facts(one) != facts(other):
-            said.append(f"{name} was {other.get('refused') or verdict(other)}, and is {one.get('refused') or verdict(one)}")
+            said.append(
+                f"{name} was {other.get('refused') or verdict(other)}, and is {one.get('refused') or verdict(one)}"
+            )
         elif "error" in one and one["error"] > 10 * max(other["error"], 1e-6):
             said.append(f"{name} had an error of {other['error']:.1e}, and has {one['error']:.1e}")
     return said

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from byline import arrivals, batches
-from byline.engines.workbench import Collate, Workbench
+from byline.engines.workbench import Collate, Workbench, naming
 from byline.ensembles.base import Ensemble, as_ensemble
 from byline.ensembles.independent import Independent
 from byline.features.capture import Capture
@@ -50,6 +50,8 @@ def paths(
     Raises:
         ValueError: what `fit` refuses of the model.
     """
+    if of not in ("output", "loss"):
+        raise ValueError(f'of is {of!r}; expected "output" or "loss"')
     arrivals.check_mode(task)
     arrivals.check_parameters(task)
     data = batches.as_dataset(dataset, "dataset")
@@ -61,13 +63,24 @@ def paths(
     batch = batches.to(batches.gather(data, indices, collate), bench.device)
     with bench.active(ensemble.members()[0], "gradient") as active:
         capture = active.capture(of)
-        late = capture.ruled(batch, of)[3]
-        capture(batch, of)
+        with naming("dataset", indices):
+            late = capture.ruled(batch, of)[3]
+            capture(batch, of)
         holders = _holders(active.model)
         return [
             {"parameter": name, "layer": holders[id(p)], "size": p.numel(), **_way(capture, name, late)}
             for name, p in capture.params.items()
         ]
+
+
+def grouped(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `paths` found, one dict for all parameters of one name in layers of one type that are had alike."""
+    out: dict[tuple[str, ...], dict[str, Any]] = {}
+    for one in found:
+        key = (one["layer"], one["parameter"].rpartition(".")[2], one["way"], one["how"])
+        empty = dict(zip(("layer", "parameter", "way", "how"), key, strict=True)) | {"size": 0}
+        out.setdefault(key, empty)["size"] += one["size"]
+    return list(out.values())
 
 
 def _way(capture: Capture, name: str, late: Collection[str]) -> dict[str, str]:
