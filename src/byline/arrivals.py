@@ -80,19 +80,6 @@ def check(
             tried(task, own, batches.to(few, device), lambda batch: task.differentiate(own, batch, of), name, dataset)
 
 
-def check_mode(task: Task) -> None:
-    """Refuse a model in train mode.
-
-    Raises:
-        ValueError: names the first module that is.
-    """
-    for name, module in task.model.named_modules():
-        if module.training:
-            raise ValueError(
-                f"the model is in train mode{f' (in {name})' if name else ''}; call model.eval() before attribution"
-            )
-
-
 def check_parameters(task: Task) -> None:
     """Refuse a model whose numbers have no gradient as the rest of byline knows it.
 

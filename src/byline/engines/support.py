@@ -52,11 +52,14 @@ def paths(
     """
     if of not in ("output", "loss"):
         raise ValueError(f'of is {of!r}; expected "output" or "loss"')
-    arrivals.check_mode(task)
-    arrivals.check_parameters(task)
+    training = next((name or "the model" for name, module in task.model.named_modules() if module.training), None)
+    if training is not None:
+        raise ValueError(f"{training} is in train mode; call model.eval() before attribution")
     data = batches.as_dataset(dataset, "dataset")
     arrivals.check(task, data, "dataset", collate, of=of)
     ensemble = Independent([task.model]) if ensemble is None else as_ensemble(ensemble)
+    if not all(member.brings for member in ensemble.members()):
+        task.chosen()
     ensemble.validate(task.model)
     bench = Workbench(task, data, collate)
     indices = sorted({round(i * (len(data) - 1) / (_EXAMPLES - 1)) for i in range(_EXAMPLES)})

@@ -781,7 +781,11 @@ class Attributor(ABC):
     def _check_model(self) -> None:
         if self._differentiates:
             arrivals.check_parameters(self.task)
-        arrivals.check_mode(self.task)
+        for name, module in self.task.model.named_modules():
+            if module.training:
+                raise ValueError(
+                    f"the model is in train mode{f' (in {name})' if name else ''}; call model.eval() before attribution"
+                )
         if not all(member.brings for member in self.ensemble.members()):
             self.task.chosen()
         self.ensemble.validate(self.task.model)
