@@ -385,6 +385,47 @@ def recommend_ensemble(
         typer.echo("".join(f"    {line}\n" for line in one.code.splitlines()))
 
 
+@app.command("support", epilog="Example:  byline support my_project:served")
+def support_of(
+    what: Annotated[
+        str, typer.Argument(help="module:object, a byline.serve.Served, a pair (task, train_set), or a function of it.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """How the gradients of a model's parameters are had: in one pass, or by per-example autograd."""
+    from byline.batches import as_dataset
+    from byline.engines.support import grouped, paths
+    from byline.names import named
+    from byline.serve import Served
+    from byline.task import Task
+
+    with _one_sentence():
+        found = named(what, "the argument")
+        found = found() if callable(found) else found
+        options: dict[str, Any] = {}
+        if isinstance(found, Served) and found.train_set is not None:
+            task, data = found.attributor.task, found.train_set
+            options = {"ensemble": found.attributor.ensemble, "collate": found.attributor.collate}
+        elif isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Task):
+            task, data = found
+        else:
+            raise ValueError(
+                f"the argument is {what!r}, which gives a {type(found).__name__}; expected a byline.serve.Served with "
+                "its train_set, or a pair (task, train_set)"
+            )
+        rows = paths(task, as_dataset(data, "train_set"), **options)
+    if as_json:
+        typer.echo(json.dumps(rows, ensure_ascii=False))
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "parameter", "numbers", "way", "how"):
+        table.add_column(name, justify="right" if name == "numbers" else "left")
+    for row in grouped(rows):
+        cells = (row["layer"], row["parameter"], f"{row['size']:,}", row["way"], row["how"])
+        table.add_row(*map(escape, cells))
+    Console().print(table)
+
+
 def _where_to_work(engine: str | None, address: str | None) -> Any:
     """The engine of --engine and --address."""
     if engine in (None, "local") and address is None:

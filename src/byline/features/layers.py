@@ -274,6 +274,9 @@ def is_plain(module: nn.Module, rule: Rule) -> bool:
 
 def is_scale(module: nn.Module) -> bool:
     """Whether a module holds a vector ``weight``, perhaps a ``bias`` like it, and nothing else."""
+    if isinstance(module, torch.jit.ScriptModule):
+        # it takes no hooks
+        return False
     own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
     shapes = {tuple(parameter.shape) for parameter in own.values()}
     return (
