@@ -112,6 +112,27 @@ def _in_order_at_first() -> Tensor:
     return x
 
 
+class Rolling(nn.Module):
+    """Moves all examples by one place where the first of them says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        moves = (x[:1, 0] > 0).to(x)
+        h = self.first(x).tanh()
+        h = self.second((1 - moves) * h + moves * h.roll(1, 0)).tanh()
+        return self.last((1 - moves) * h + moves * h.roll(-1, 0))[:, 0]
+
+
+def test_examples_that_are_moved_in_later_batches():
+    torch.manual_seed(1)
+    items = _in_order_at_first()
+    items[[16, 24], 0] = 1
+    check(Rolling(), items)
+
+
 @pytest.mark.parametrize("moved", [_by_product, _by_where, _by_maximum, _by_lookup, _by_attention])
 def test_examples_that_are_sorted_in_later_batches(moved):
     torch.manual_seed(1)

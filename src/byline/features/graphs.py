@@ -44,6 +44,8 @@ _LENGTHS = frozenset(f"_saved_{a}" for a in ("index", "start", "end", "split_siz
     "self_sym_sizes", "size"))  # fmt: skip
 """What may differ between passes of one wiring."""
 _PRODUCTS = frozenset(["Mm", "Bmm", "Addmm", "Baddbmm", "Mv", "Addmv", "Dot", "Linear", "MkldnnLinear"])
+_ALONG = frozenset(["Roll", "Flip", "Cumsum", "Softmax", "LogSoftmax", "SafeSoftmax"])
+"""What mixes or moves numbers along a dimension that is there afterwards."""
 _VIEWS = frozenset(
     (
         "T",
@@ -190,7 +192,18 @@ def keeps_apart(many: Graph, few: Graph, examples: int, fewer: int, until: int |
             return False
         if "ScaledDotProduct" in a.name() and [-2] in outs:
             return False
+        if _VERSION.sub("", a.name()) in _ALONG and any(dim in (found or ()) for found in outs for dim in _along(a)):
+            return False
     return True
+
+
+def _along(node: Any) -> list[int]:
+    """The dimensions along which an operation works, counted from the end."""
+    found = getattr(node, "_saved_dims", None) or (getattr(node, "_saved_dim", None),)
+    size = len(node._input_metadata[0].shape)
+    # autograd keeps them without a sign
+    signed = [dim - 2**64 if dim >= 2**63 else dim for dim in found if dim is not None]
+    return [dim - size if dim >= 0 else dim for dim in signed]
 
 
 def _by_numbers(node: Any, constants: Collection[int]) -> bool:
