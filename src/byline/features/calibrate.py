@@ -59,6 +59,7 @@ class _Search:
 
     def __init__(self, task: Task, model: nn.Module, params: dict[str, nn.Parameter], batch: Batch, of: str):
         self.task, self.model, self.params, self.of = task, model, params, of
+        self.modules = dict(model.named_modules())
         count = batches.size(batch)
         self.batch, self.examples = batch, count
         self.fewer = batches.take(batch, 0, count - 1)
@@ -217,7 +218,7 @@ class _Search:
             keys = {
                 key: slots
                 for key, slots in self._held().items()
-                if is_scale(self.model.get_submodule(key)) and set(slots.values()) & verdict.fallback
+                if is_scale(self.modules[key]) and set(slots.values()) & verdict.fallback
             }
             if not keys:
                 return verdict
@@ -263,12 +264,12 @@ class _Search:
         """Parameters that broadcasting gives to every example, those of one kind together."""
         kinds: dict[tuple[object, ...], list[str]] = {}
         for key, slots in self._held().items():
-            if isinstance(self.model.get_submodule(key), nn.RNNBase):
+            if isinstance(self.modules[key], nn.RNNBase):
                 # which kernel runs, and what it makes of its weights' shapes, depends on the batch
                 continue
             for attribute, name in slots.items():
                 if name in verdict.fallback:
-                    kind = (type(self.model.get_submodule(key)), attribute, self.params[name].ndim)
+                    kind = (type(self.modules[key]), attribute, self.params[name].ndim)
                     kinds.setdefault(kind, []).append(name)
         for names in kinds.values():
             of_one = all(self.params[n].ndim > 1 and self.params[n].shape[0] == 1 for n in names)

@@ -59,8 +59,8 @@ class Trace:
     counts: dict[str, int] = field(default_factory=dict)
     half: bool = False
     """Whether a watched call gave half precision."""
-    end: int = 0
-    """Where the model's own forward pass ended in autograd's counter."""
+    end: int | None = None
+    """Where the model's own forward pass ended in autograd's counter; None where that is not seen."""
 
     def add(self, site: Site, x: Tensor, out: Tensor, start: int, stop: int) -> None:
         """Note a call."""
@@ -125,7 +125,8 @@ def traced(
         trace.end = _counter()
 
     with ExitStack() as stack:
-        stack.callback(model.register_forward_hook(ended).remove)
+        if not isinstance(model, torch.jit.ScriptModule):  # it takes no hooks
+            stack.callback(model.register_forward_hook(ended).remove)
         for site in sites:
             assert site.module is not None
             # ours are the last before the forward and the last after it: they see what it is given and what others see
