@@ -1,4 +1,4 @@
-"""Faults of the past, one regression test each: the right scores, by autograd one example at a time, or one sentence."""
+"""Faults of the past, a regression test each: the right scores, by autograd one example at a time, or one sentence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import default_collate
 
 import byline
 import reference as ref
@@ -55,7 +54,9 @@ def masked_by_hand(task: byline.Task, ensemble: Ensemble, train: list[Any], test
     return np.mean(found, 0)
 
 
-def graddot(model: nn.Module, train: list[Any], test: list[Any], ensemble: Any = None, task: Any = None, **options: Any):
+def graddot(
+    model: nn.Module, train: list[Any], test: list[Any], ensemble: Any = None, task: Any = None, **options: Any
+):
     options = {"progress": False, **options}
     task = task or byline.Task(model)
     return byline.GradDot(task, ensemble or byline.Independent([model]), **options).fit(train).attribute(test).values
