@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import fnmatch
 import hashlib
+import logging
+import sys
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
@@ -18,6 +20,8 @@ from byline.fingerprints import model_of, source_of
 from byline.outputs import Evaluation, ExampleError, Output, PerExample, column, margin
 
 __all__ = ["Evaluation", "ExampleError", "ParamFilter", "PerExample", "Task", "before_forward", "margin", "source_of"]
+
+log = logging.getLogger("byline")
 
 ParamFilter = Callable[[str], bool] | Iterable[str]
 
@@ -34,7 +38,9 @@ class Task:
     """What is explained.
 
     Args:
-        model: the module, in eval mode. Its trainable parameters (``requires_grad``) are the attributed ones.
+        model: the module, in eval mode. Its trainable parameters (``requires_grad``) are the attributed ones. Of
+            ``nn.DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` it is the model inside, whose
+            parameters have no prefix.
         output: a name, ``f(model, batch) -> (B,)``, or an output such as `byline.Denoising`. A named output brings its
             usual loss:
 
@@ -77,6 +83,7 @@ class Task:
         residual: PerExample | None = None,
         params: ParamFilter | None = None,
     ):
+        model = unwrapped(model)
         _check_model(model)
         self._output = outputs.of(output)
         self._output.check(model)
@@ -136,6 +143,7 @@ class Task:
         Raises:
             TypeError: if it is no module.
         """
+        model = unwrapped(model)
         _check_model(model)
         self._output.check(model)
         other = copy.copy(self)
@@ -270,6 +278,22 @@ def chosen(model: nn.Module, selects: Callable[[str], bool]) -> dict[str, nn.Par
             names.setdefault(id(parameter), []).append(name)
             kept[id(parameter)] = parameter
     return {own[0]: kept[key] for key, own in names.items() if any(selects(name) for name in own)}
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of what runs it elsewhere or otherwise, but gives the same: the wrappers of torch."""
+    inside = model
+    while True:
+        dynamo = sys.modules.get("torch._dynamo.eval_frame")  # there if anything was compiled; not imported for this
+        if isinstance(inside, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inside = inside.module
+        elif dynamo is not None and isinstance(inside, dynamo.OptimizedModule):
+            inside = inside._orig_mod
+        else:
+            break
+    if inside is not model:
+        log.info("of a %s, the model inside (%s) is explained", type(model).__name__, type(inside).__name__)
+    return inside
 
 
 def _check_model(model: Any) -> None:
