@@ -224,16 +224,16 @@ def test_attributes_that_an_output_reads_and_hooks_are_seen():
 
 
 def test_the_default_dtype_and_rules_of_ones_own_are_seen(tmp_path, monkeypatch):
-    model = net()
-    fit(tmp_path, byline.Task(model), byline.Independent([model]))
+    model, train = net(), data(20, 1)
+    fit(tmp_path, byline.Task(model), byline.Independent([model]), train)
     monkeypatch.setitem(layers.RULES, nn.Linear, lambda *args: layers.linear(*args))
     with pytest.raises(ValueError, match="rules is"):
-        fit(tmp_path, byline.Task(model), byline.Independent([model]))
+        fit(tmp_path, byline.Task(model), byline.Independent([model]), train)
     monkeypatch.undo()
     try:
         torch.set_default_dtype(torch.float64)
         with pytest.raises(ValueError, match=r"default dtype is torch\.float64 here"):
-            fit(tmp_path, byline.Task(model), byline.Independent([model]))
+            fit(tmp_path, byline.Task(model), byline.Independent([model]), train)
     finally:
         torch.set_default_dtype(torch.float32)
 
