@@ -248,7 +248,7 @@ class _Reader:
                 value = (
                     getattr(value, "__func__", None) or getattr(value, "fget", None) or getattr(value, "func", value)
                 )
-                found.append((base.__qualname__, name, self.content(value, depth)))
+                found.append((base.__qualname__, name, value))
                 reads = self.attributes(value)
                 if inspect.isfunction(value) and name != "__init__":
                     written |= _reads(value.__code__).written
@@ -256,7 +256,11 @@ class _Reader:
                 todo += sorted(reads - seen)
                 seen |= reads
         every = _Reads(_NONE, frozenset(seen), _NONE, frozenset(written), frozenset(filled))
-        return sorted(found, key=lambda one: one[:2]), every
+        # only now is known what is filled, of the class itself too
+        kept = [(place, name, value) for place, name, value in found if not _fills(every, name, value)]
+        return [
+            (place, name, self.content(v, depth)) for place, name, v in sorted(kept, key=lambda one: one[:2])
+        ], every
 
     def attributes(self, value: Any, seen: set[int] | None = None) -> frozenset[str]:
         """Names of attributes that a callable reads, of whatever, and the user's functions that it calls."""
