@@ -462,11 +462,11 @@ def test_a_second_process_finds_the_embeddings(made, name, tmp_path):
     members = len(ensemble)
     Net.seen.clear()
     first = fitted(name, made, ensemble, store=tmp_path)
-    # locating the masks and the layer takes a few examples more
-    assert N * members <= sum(Net.seen) < N * members + 25
+    # locating the masks and the layer, and the checks of the first batch and of company, take a few examples more
+    assert N * members <= sum(Net.seen) < N * members + 36
     Net.seen.clear()
     second = fitted(name, made, ensemble, store=tmp_path)
-    assert sum(Net.seen) < 25
+    assert sum(Net.seen) < 36
     Net.seen.clear()
     assert (second.self_influence() == first.self_influence()).all()
     assert sum(Net.seen) == 0
@@ -492,7 +492,7 @@ def test_added_members_alone_are_computed(made, name):
     found = fitted(name, made, byline.Independent(made.models[:3]))
     Net.seen.clear()
     found.add_members(byline.Independent(made.models[3:]))
-    assert sum(Net.seen) < N + 20
+    assert sum(Net.seen) < 2 * N
     whole = fitted(name, made, byline.Independent(made.models))
     np.testing.assert_allclose(
         found.attribute(made.test).values, whole.attribute(made.test).values, rtol=1e-5, atol=1e-6

@@ -12,7 +12,7 @@ from torch import Tensor
 from byline import batches
 from byline.task import ExampleError
 
-_LOOKED_AT = 64  # items whose sizes are compared
+_LOOKED_AT = 16  # items whose sizes are compared
 
 
 class Company:
@@ -22,20 +22,31 @@ class Company:
     them, so that padding is there if there is any.
 
     Args:
-        dataset: the training set.
-        batch: makes a batch of the examples at these places, on the device.
+        dataset: the training set; nothing is read before the first check.
+        collate: makes a batch of its items.
+        device: where to work.
     """
 
-    def __init__(self, dataset: Any, batch: Callable[[list[int]], Any]):
-        n = len(dataset)
-        looked = (
-            sorted({i * (n - 1) // (_LOOKED_AT - 1) for i in range(_LOOKED_AT)}) if n > _LOOKED_AT else list(range(n))
-        )
-        sizes = {i: _numbers(dataset[i]) for i in looked}
-        smallest, largest = min(looked, key=lambda i: (sizes[i], i)), max(looked, key=lambda i: (sizes[i], -i))
-        self.places = list(dict.fromkeys([smallest, largest, n // 3, n - 1]))
-        self._batch = batch
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], device: torch.device):
+        self._dataset, self._collate, self._device = dataset, collate, device
         self._made: list[tuple[list[int], Any]] | None = None
+
+    def _batches(self) -> list[tuple[list[int], Any]]:
+        n = len(self._dataset)
+        looked = sorted({i * (n - 1) // max(1, min(n, _LOOKED_AT) - 1) for i in range(min(n, _LOOKED_AT))})
+        items = {i: self._dataset[i] for i in looked}
+        sizes = {i: _numbers(item) for i, item in items.items()}
+        smallest, largest = min(looked, key=lambda i: (sizes[i], i)), max(looked, key=lambda i: (sizes[i], -i))
+        places = list(dict.fromkeys([smallest, largest, looked[len(looked) // 3], looked[-1]]))[:3]
+        orders = [[place] for place in places]
+        orders += [places, [places[-1], places[0]]] if len(places) > 1 else []
+        collate = batches.collate_of(self._dataset, self._collate)
+
+        def made(order: list[int]) -> Any:
+            batch = batches.gather([items[place] for place in order], list(range(len(order))), collate)
+            return batches.to(batch, self._device)
+
+        return [(order, made(order)) for order in orders]
 
     def check(self, said: Callable[[Any], Tensor | tuple[Tensor, Tensor]], coarse: bool) -> None:
         """Refuse a model whose output for one of the examples is another in other company.
@@ -48,9 +59,7 @@ class Company:
             ValueError: names the example.
         """
         if self._made is None:
-            orders = [[place] for place in self.places]
-            orders += [self.places, self.places[:2], self.places[::-1][:3]] if len(self.places) > 1 else []
-            self._made = [(order, self._batch(order)) for order in orders]
+            self._made = self._batches()
         alone: dict[int, Tensor] = {}
         loose = 5e-2 if coarse else 1e-3
         for order, batch in self._made:

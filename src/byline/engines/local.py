@@ -550,7 +550,7 @@ def _write(job: Job, unit: Unit, active: Active, store: Store, bench: Workbench,
                 rows = sum(high - low for low, high in (_range(job, unit, i) for i in chunks))
                 flops = _row_flops(job, capture, batch, states[0]) * rows / size
             if start == 0:
-                _watch(job, active, index, low, high, value.view(copies, size), job.of)
+                _watch(job, active, index, low, high, value.view(copies, size), job.of, capture.verdict.coarse)
             values[:, start:stop] = value.view(copies, size)
             residuals[:, start:stop] = residual.view(copies, size)
             for copy, state in enumerate(states):
@@ -565,7 +565,7 @@ def _write(job: Job, unit: Unit, active: Active, store: Store, bench: Workbench,
     return flops
 
 
-def _watch(job: Job, active: Active, index: int, low: int, high: int, values: Tensor, of: str) -> None:
+def _watch(job: Job, active: Active, index: int, low: int, high: int, values: Tensor, of: str, coarse: bool) -> None:
     """Hold one example of a chunk's first batch, collated alone, to what the batch says of it.
 
     Args:
@@ -576,6 +576,7 @@ def _watch(job: Job, active: Active, index: int, low: int, high: int, values: Te
         high: where it ends.
         values: (copies, B) what the batch says.
         of: "output", "loss" or "residual".
+        coarse: whether half precisions take part.
 
     Raises:
         ValueError: names the example.
@@ -593,7 +594,7 @@ def _watch(job: Job, active: Active, index: int, low: int, high: int, values: Te
             task.residual(active.model, batch) if of == "residual" else task.differentiate(active.model, batch, of)[0]
         )
         for copy in range(copies):
-            refuse_company(values[copy, place : place + 1], alone.detach()[copy : copy + 1].cpu(), active.coarse, scale)
+            refuse_company(values[copy, place : place + 1], alone.detach()[copy : copy + 1].cpu(), coarse, scale)
 
 
 def _batches(job: Job, low: int, high: int, bench: Workbench, copies: int = 1) -> Iterator[tuple[int, int, Any]]:
@@ -658,6 +659,7 @@ def _write_residuals(job: Job, unit: Unit, store: Store, bench: Workbench, advan
     (member,), flops = unit.members, 0.0
     identity, chunks = member.identity("residual"), unit.chunks
     with bench.active(member, "residual") as active:
+        coarse = active.held()
         for index in chunks:
             low, high = _range(job, unit, index)
             residuals = torch.empty(high - low)
@@ -665,7 +667,7 @@ def _write_residuals(job: Job, unit: Unit, store: Store, bench: Workbench, advan
                 with naming(job.name, range(low + start, low + stop)):
                     residuals[start:stop] = job.task.residual(active.model, batch)
                 if start == 0:
-                    _watch(job, active, index, low, high, residuals[None, start:stop], "residual")
+                    _watch(job, active, index, low, high, residuals[None, start:stop], "residual", coarse)
                 if job.ledger is not None and not flops:
                     rows = sum(high - low for low, high in (_range(job, unit, i) for i in chunks))
                     flops = count_flops(partial(job.task.residual, active.model, batch)) * rows / (stop - start)

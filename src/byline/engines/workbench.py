@@ -34,13 +34,16 @@ class Active:
     model: nn.Module
     device: torch.device
     sites: Sites | None
-    coarse: bool
-    """Whether half precisions take part in what it computes."""
     _captured: Callable[[str], Capture]
+    _held: Callable[[], bool]
 
     def capture(self, of: str) -> Capture:
         """Its per-example gradients of "output" or "loss"."""
         return self._captured(of)
+
+    def held(self) -> bool:
+        """Refuse residuals that depend on an example's company; returns whether half precisions take part in them."""
+        return self._held()
 
     @property
     def tiles(self) -> bool:
@@ -71,7 +74,7 @@ class Workbench:
         self.places = [0, last // 2, last]
         self.examples = len(self.places)
         self.probe = self._batch(dataset, self.places, collate)
-        self.company = Company(dataset, lambda indices: self._batch(dataset, indices, collate))
+        self.company = Company(dataset, collate, self.device)
         self._free: list[_Copy] = []
         self._sites: dict[tuple[str, ...], Sites] = {}
         self._verdicts: dict[tuple[Any, ...], Verdict] = {}
@@ -137,12 +140,15 @@ class Workbench:
             stack.enter_context(located(sites))
             for change in changes:
                 model = stack.enter_context(change.apply(model))
-            if (kinds, chain) not in self._checked:
-                with naming("train_set", self.places):
-                    self._coarse |= _is_coarse(model, lambda: self.task.residual(model, self.probe))
-                if chain == "residual":
+
+            def held() -> bool:
+                if kinds not in self._checked:
+                    with naming("train_set", self.places):
+                        one = batches.take(self.probe, 0, 1)
+                        self._coarse |= _is_coarse(model, lambda: self.task.residual(model, one))
                     self.company.check(lambda batch: self.task.residual(model, batch), self._coarse)
-                self._checked.add((kinds, chain))
+                    self._checked.add(kinds)
+                return self._coarse
 
             def captured(of: str) -> Capture:
                 params = attributed(self.task, model, counting(member, self.task))
@@ -151,7 +157,7 @@ class Workbench:
                     self._verdicts[key] = self._calibrated(model, params, of)
                 return Capture(self.task, model, params, self._verdicts[key], 1 + len(beside), only)
 
-            yield Active(model, self.device, sites, self._coarse, captured)
+            yield Active(model, self.device, sites, captured, held)
 
     def _calibrated(self, model: nn.Module, params: dict[str, nn.Parameter], of: str) -> Verdict:
         """What holds of the output and of the loss, so that rows of the one meet rows of the other in one form."""
@@ -160,7 +166,7 @@ class Workbench:
             if not self.task.loss_follows_output:
                 other = "loss" if of == "output" else "output"
                 found = agreed(found, calibrate(self.task, model, params, self.probe, other))
-        self.company.check(lambda batch: self.task.differentiate(model, batch, of), self._coarse)
+        self.company.check(lambda batch: self.task.differentiate(model, batch, of), found.coarse)
         return found
 
     def _located(self, model: nn.Module, changes: Sequence[Change]) -> Sites:

@@ -784,7 +784,7 @@ class Attributor(ABC):
                 raise ValueError(
                     f"the model is in train mode{f' (in {name})' if name else ''}; call model.eval() before attribution"
                 )
-        if not all(member.brings for member in self.ensemble.members()):
+        if self._differentiates and not all(member.brings for member in self.ensemble.members()):
             self.task.chosen()
         self.ensemble.validate(self.task.model)
         for weights in {id(m.weights): m.weights for m in self.ensemble.members()}.values():

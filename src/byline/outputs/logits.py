@@ -67,6 +67,9 @@ def refuse_probabilities(logits: Tensor, name: str) -> None:
     rows = logits.detach().flatten(0, -2) if not batches.transformed() else logits
     if batches.transformed() or len(rows) < 2 or not _sums_to_one(rows[:1]) or not _sums_to_one(rows):
         return
+    if torch.equal(rows, rows[:1].expand_as(rows)):
+        # a model that says the same of all may have logits such as 0 and 1
+        return
     raise ValueError(
         f"the model gives probabilities (each row is non-negative and sums to 1), and {name} expects logits: return "
         "what goes into the softmax, or log-probabilities (log_softmax), whose margin is the same"
