@@ -618,3 +618,51 @@ def test_the_reference_can_fail():
     with contextlib.suppress(AssertionError):
         ref.assert_close(graddot(model, train, [test[1], test[0], test[2]]), expected, 1e-2)
         pytest.fail("the order of the examples is not seen")
+
+
+# what a model says without gradients
+
+
+class Padded(nn.Module):
+    """torch's encoder, which runs a fused kernel on padded batches where gradients are off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.3, batch_first=True)
+        self.emb, self.enc, self.head = nn.Embedding(11, 8), nn.TransformerEncoder(layer, 1), nn.Linear(8, 3)
+
+    def forward(self, x, keep):
+        return self.head(self.enc(self.emb(x), src_key_padding_mask=~keep).mean(1))
+
+
+def test_residuals_are_of_the_forward_pass_that_is_differentiated():
+    model = Padded().eval()
+    x, keep = torch.randint(11, (5, 6)), torch.arange(6) < torch.tensor([2, 3, 6, 4, 2]).unsqueeze(1)
+    task, batch = byline.Task(model), (x, keep, torch.tensor([0, 1, 2, 0, 1]))
+    assert torch.equal(task.residual(model, batch), task.differentiate(model, batch, "output")[1])
+    with torch.no_grad():
+        fused = torch.sigmoid(-byline.task.margin(model(x, keep), batch[2]))
+    assert not torch.allclose(fused, task.residual(model, batch), atol=1e-3), "the kernel that this is about is gone"
+
+
+class Force(nn.Module):
+    """A prediction that is itself a gradient, as of physicists' networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.energy = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0][:, :1]
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_models_whose_forward_pass_takes_gradients(batch_size):
+    model = Force().eval()
+    g = torch.Generator().manual_seed(1)
+    train, test = ([(torch.randn(4, generator=g), torch.randn((), generator=g)) for _ in range(n)] for n in (8, 3))
+    found = graddot(model, train, test, task=byline.Task(model, "regression"), batch_size=batch_size)
+    ref.assert_close(found, by_hand(model, train, test, ref.regression), 1e-4)

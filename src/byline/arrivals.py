@@ -156,7 +156,7 @@ def tried(
     """
 
     def alone(batch: Batch) -> None:
-        with torch.no_grad():
+        with torch.enable_grad():
             run(batch)
 
     try:

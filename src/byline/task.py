@@ -111,10 +111,10 @@ class Task:
     def residual(self, model: nn.Module, batch: Batch) -> Tensor:
         """TRAK's Q of each example, (B,), without a gradient."""
         before_forward.get()()
-        with torch.no_grad():
-            if self._residual is not None:
-                return column(self._residual(model, batch), batch, "residual")
-            return column(self._output.residual(model, batch), batch, "residual")
+        # with gradients on: without, some of torch's layers take a fused path, which masks and hooks do not reach
+        with torch.enable_grad():
+            said = self._output.residual if self._residual is None else self._residual
+            return column(said(model, batch), batch, "residual").detach()
 
     def differentiate(self, model: nn.Module, batch: Batch, of: str) -> tuple[Tensor, Tensor]:
         """What is differentiated, (B,), and the residual, (B,), from one forward pass where possible.

@@ -134,7 +134,7 @@ def locate(model: nn.Module, forward: Callable[[int], Any], examples: int) -> Si
 def _recorded(model: nn.Module, forward: Callable[[int], Any], examples: int, training: frozenset[str] | None) -> Sites:
     before = torch.get_rng_state()
     try:
-        with _kept(model), torch.no_grad(), _Session(model, _Recorder(None), True, training) as session:
+        with _kept(model), torch.enable_grad(), _Session(model, _Recorder(None), True, training) as session:
             forward(examples)
         drawn = not torch.equal(before, torch.get_rng_state())
     finally:
