@@ -157,7 +157,7 @@ def tried(
 
     def alone(batch: Batch) -> None:
         with torch.enable_grad():
-            run(batch)
+            run(batches.ordinary(batch))
 
     try:
         alone(batch)

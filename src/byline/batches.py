@@ -124,12 +124,13 @@ def _map_rows(batch: Batch, n: int, tensor: Callable[[Tensor], Tensor], places: 
 
 
 def to(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device; tensors made under ``torch.inference_mode`` as ordinary ones."""
+    """The batch on a device."""
+    return map_tensors(ordinary(batch), lambda t: t.to(device, non_blocking=True))
 
-    def moved(t: Tensor) -> Tensor:
-        return (t.clone() if t.is_inference() else t).to(device, non_blocking=True)
 
-    return map_tensors(batch, moved)
+def ordinary(batch: Batch) -> Batch:
+    """The batch with tensors that were made under ``torch.inference_mode`` as ordinary ones."""
+    return map_tensors(batch, lambda t: t.clone() if t.is_inference() else t)
 
 
 def take(batch: Batch, start: int, stop: int) -> Batch:
