@@ -156,8 +156,18 @@ def tried(
     """
 
     def alone(batch: Batch) -> None:
-        with torch.enable_grad():
-            run(batches.ordinary(batch))
+        try:
+            with torch.no_grad():
+                run(batch)
+        except (ExampleError, *_MEMORY):
+            raise
+        except Exception as error:
+            # a forward pass may take gradients itself
+            try:
+                with torch.enable_grad():
+                    run(batches.ordinary(batch))
+            except Exception:
+                raise error from None
 
     try:
         alone(batch)
